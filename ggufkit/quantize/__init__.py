@@ -1,0 +1,1 @@
+"""Which bits each tensor gets: file types and their rules."""

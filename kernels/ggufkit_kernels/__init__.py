@@ -1,0 +1,1 @@
+"""Speed: the operations a network needs, and quantization, on CPU and GPU."""

@@ -1,0 +1,1 @@
+"""Networks and tokens: architectures, tokenizers, sampling, generation."""
