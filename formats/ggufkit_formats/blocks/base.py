@@ -1,0 +1,201 @@
+"""What a tensor type is: a block of weights with named fields, a formula, and its inverse.
+
+One class a type, one instance a class, all of them in `TYPES`. Sizes come from the fields; nothing else in the
+project knows how many bytes a block takes.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import FormatError, UnsupportedError
+
+
+@dataclass(frozen=True)
+class Quants:
+    """Blocks taken apart into integer codes and two levels of scales, without rounding anything.
+
+    For weight i of a block, in group g = i // group, with x = codes[i] - offset (or codebook[codes[i]]):
+
+        w[i] = (d * scale[g]) * x  -  dmin * minimum[g]
+
+    computed in float32 in this order. `scale` and `minimum` of None stand for 1; `dmin` of None for no minimum.
+    The kernels pack these arrays; they never look into a block.
+    """
+
+    codes: np.ndarray  # (n, block) uint8, each < 2**bits
+    bits: int  # 1…8
+    offset: int  # subtracted from the code; ignored with a codebook
+    group: int  # weights that share a scale; divides the block
+    d: np.ndarray  # (n,) float32, exactly representable in `d_dtype`
+    scale: np.ndarray | None = None  # (n, block // group) int8 or uint8
+    dmin: np.ndarray | None = None  # (n,) float32, may be negative
+    minimum: np.ndarray | None = None  # (n, block // group) uint8
+    codebook: np.ndarray | None = None  # (2**bits,) float32 or int8
+
+    def decode(self) -> np.ndarray:
+        """The weights, float32 (n, block), by the formula above."""
+        n, block = self.codes.shape
+        groups = block // self.group
+        if self.codebook is not None:
+            x = self.codebook[self.codes].astype(np.float32)
+        else:
+            x = (self.codes.astype(np.int16) - np.int16(self.offset)).astype(np.float32)
+        x = x.reshape(n, groups, self.group)
+        with np.errstate(invalid="ignore", over="ignore"):
+            d = self.d[:, None] if self.scale is None else self.d[:, None] * self.scale.astype(np.float32)
+            x *= d[:, :, None]
+            if self.dmin is not None:
+                m = self.dmin[:, None]
+                if self.minimum is not None:
+                    m = m * self.minimum.astype(np.float32)
+                x -= m[:, :, None]
+        return x.reshape(n, block)
+
+
+class TensorType:
+    """A tensor type of GGUF. Compares equal to its name, so `tensor.type == "Q4_K"` reads as it looks.
+
+    A subclass sets `name`, `id`, `block`, `fields`, and defines `decode_blocks` and `encode_blocks`
+    (and `quants`, from which `decode_blocks` follows, where the type has codes and scales).
+    """
+
+    name: str = ""
+    id: int = -1
+    block: int = 1  # weights in a block
+    fields: np.dtype = np.dtype("u1")  # one block on disk, little endian, packed
+
+    # -- sizes ---------------------------------------------------------------------------------
+
+    @property
+    def block_nbytes(self) -> int:
+        return self.fields.itemsize
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.fields.itemsize / self.block
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights share scales, i.e. the type is not a plain number type."""
+        return self.block > 1
+
+    def row_nbytes(self, cols: int) -> int:
+        """Bytes of a row of `cols` weights. Raises FormatError where blocks do not divide the row."""
+        if cols % self.block:
+            raise FormatError(f"{self.name} needs rows divisible by {self.block}, not {cols}")
+        return cols // self.block * self.fields.itemsize
+
+    # -- arrays --------------------------------------------------------------------------------
+
+    def decode(self, raw: np.ndarray) -> np.ndarray:
+        """uint8 (…, bytes per row), little endian -> float32 (…, cols). Equal to ggml's bit for bit."""
+        raw = np.ascontiguousarray(raw, dtype=np.uint8)
+        if raw.shape[-1] % self.block_nbytes:
+            raise FormatError(f"{self.name} rows are multiples of {self.block_nbytes} bytes, not {raw.shape[-1]}")
+        blocks = raw.reshape(-1).view(self.fields)
+        cols = raw.shape[-1] // self.block_nbytes * self.block
+        return self.decode_blocks(blocks).reshape(*raw.shape[:-1], cols)
+
+    def encode(self, x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
+        """float (…, cols) -> uint8 (…, bytes per row): the bytes that ggml_quantize_chunk writes.
+
+        `importance` is one weight per column, (cols,), or None. Rows must be finite for types with scales
+        (FormatError otherwise). This is the plain definition; `ggufkit_kernels.cpu.encode` is the fast one.
+        """
+        x = np.ascontiguousarray(x, dtype=np.float32)
+        self.row_nbytes(x.shape[-1])
+        self.check_finite(x)
+        blocks = x.reshape(-1, self.block)
+        weights = None
+        if importance is not None:
+            per_row = np.asarray(importance, dtype=np.float32).reshape(-1, self.block)
+            weights = np.tile(per_row, (blocks.shape[0] // per_row.shape[0], 1))
+        out = self.encode_blocks(blocks, weights)
+        return out.view(np.uint8).reshape(*x.shape[:-1], -1)
+
+    def check_finite(self, x: np.ndarray) -> None:
+        """Raise FormatError where a quantized type is given NaN or infinity."""
+        if self.is_quantized and not np.isfinite(x).all():
+            raise FormatError(f"NaN or infinite weights cannot be quantized to {self.name}")
+
+    # -- what a subclass defines -----------------------------------------------------------------
+
+    def quants(self, blocks: np.ndarray) -> Quants | None:
+        """Codes and scales of (n,) blocks, or None for types that are plain numbers."""
+        return None
+
+    def decode_blocks(self, blocks: np.ndarray) -> np.ndarray:
+        """(n,) blocks of `fields` -> float32 (n, block)."""
+        quants = self.quants(blocks)
+        if quants is None:
+            raise UnsupportedError(f"tensor type {self.name} cannot be decoded")
+        return quants.decode()
+
+    def encode_blocks(self, x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+        """float32 (n, block), importance (n, block) or None -> (n,) blocks of `fields`."""
+        raise UnsupportedError(f"tensor type {self.name} cannot be encoded")
+
+    # -- identity ------------------------------------------------------------------------------
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, str):
+            return normal(other) == self.name
+        return self is other
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __str__(self) -> str:
+        return self.name
+
+    __repr__ = __str__
+
+
+class UnknownType(TensorType):
+    """A type id that ggufkit has no class for: listed and copied, never decoded. Its name is its number."""
+
+    def __init__(self, name: str | int, id: int = -1):
+        self.name = str(name)
+        self.id = name if isinstance(name, int) else id
+
+    def row_nbytes(self, cols: int) -> int:
+        raise UnsupportedError(f"the size of tensor type {self.name} is unknown")
+
+
+TYPES: dict[str, TensorType] = {}
+BY_ID: dict[int, TensorType] = {}
+
+
+def register(cls: type[TensorType]) -> type[TensorType]:
+    """Class decorator: make the one instance and enter it in `TYPES` and `BY_ID`."""
+    instance = cls()
+    assert instance.name not in TYPES and instance.id not in BY_ID, instance.name
+    TYPES[instance.name] = instance
+    BY_ID[instance.id] = instance
+    return cls
+
+
+def normal(name: str) -> str:
+    """A type's name as the registry spells it: upper case, `-` and `_` alike."""
+    return name.strip().upper().replace("-", "_")
+
+
+def find(name: str | TensorType) -> TensorType:
+    """The type of that name, in any case. Raises UnsupportedError naming the nearest known types."""
+    if isinstance(name, TensorType):
+        return name
+    found = TYPES.get(normal(name))
+    if found is None:
+        near = difflib.get_close_matches(normal(name), TYPES, n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise UnsupportedError(f"unknown tensor type {name!r}{hint}")
+    return found
+
+
+def by_id(type_id: int) -> TensorType:
+    """The type with that id in GGUF, or an UnknownType that carries the number."""
+    return BY_ID.get(type_id) or UnknownType(type_id)
