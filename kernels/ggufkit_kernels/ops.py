@@ -21,7 +21,7 @@ class Cache(Protocol):
     """Keys and values of one sequence, all layers. Grows on demand up to n_ctx positions."""
 
     n_ctx: int  # most positions it may hold
-    length: int  # positions filled; the model's caller advances it after a forward over all layers
+    length: int  # positions filled; a forward advances it after its last layer
     nbytes: int
 
     def truncate(self, length: int) -> None:

@@ -95,7 +95,9 @@ class TensorType:
         """uint8 (…, bytes per row), little endian -> float32 (…, cols). Equal to ggml's bit for bit."""
         raw = np.ascontiguousarray(raw, dtype=np.uint8)
         if raw.shape[-1] % self.block_nbytes:
-            raise FormatError(f"{self.name} rows are multiples of {self.block_nbytes} bytes, not {raw.shape[-1]}")
+            raise FormatError(
+                f"{self.name} rows are multiples of {self.block_nbytes} bytes, not {raw.shape[-1]}"
+            )
         blocks = raw.reshape(-1).view(self.fields)
         cols = raw.shape[-1] // self.block_nbytes * self.block
         return self.decode_blocks(blocks).reshape(*raw.shape[:-1], cols)

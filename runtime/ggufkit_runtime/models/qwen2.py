@@ -1,0 +1,27 @@
+"""Qwen2 and Qwen2.5: biases on q, k and v; the two halves of a head rotate together. Source: arXiv 2407.10671."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .decoder import Config, forward, tensors
+
+__all__ = ["ARCH", "HF_CLASSES", "config_from_hf", "config_from_metadata", "forward", "metadata", "tensors"]
+
+ARCH = "qwen2"
+HF_CLASSES = ("Qwen2ForCausalLM",)
+
+_FEATURES: dict[str, Any] = {"qkv_bias": True}
+
+
+def config_from_metadata(metadata: Mapping[str, Any]) -> Config:
+    return Config.from_metadata(metadata, ARCH, **_FEATURES)
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> Config:
+    return Config.from_hf(hf, ARCH, **_FEATURES)
+
+
+def metadata(config: Config) -> dict[str, Any]:
+    return config.metadata()

@@ -1,0 +1,173 @@
+"""Rotary position embedding: the frequencies, and the ways to stretch them to longer contexts.
+
+Sources: RoFormer (arXiv 2104.09864); linear interpolation (arXiv 2306.15595); YaRN (arXiv 2309.00071); the
+frequency-dependent factors of Llama 3.1, which GGUF stores as the tensor `rope_freqs.weight`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ggufkit_formats.errors import FormatError, UnsupportedError
+
+from .base import Keys
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Settings of the rotary embedding. `factors` are Llama 3.1's three numbers, used by convert only."""
+
+    n_rot: int  # rotated dimensions of a head
+    base: float = 10000.0
+    scaling: str = "none"  # none, linear, yarn
+    factor: float = 1.0  # context stretched by
+    n_ctx_orig: int = 0  # yarn: context of the original training
+    ext_factor: float | None = None  # yarn
+    attn_factor: float | None = None  # yarn
+    beta_fast: float | None = None  # yarn
+    beta_slow: float | None = None  # yarn
+    llama3: tuple[float, float, float, int] | None = None  # factor, low, high, original context
+
+    def frequencies(self, factors: np.ndarray | None = None) -> tuple[np.ndarray, float]:
+        """Radians per position, float64 (n_rot / 2,), and the factor on cos and sin.
+
+        `factors` (n_rot / 2,) divide the frequencies: the values of `rope_freqs.weight`, or None.
+        """
+        freqs = self.base ** (-np.arange(0, self.n_rot, 2, dtype=np.float64) / self.n_rot)
+        if factors is not None:
+            freqs = freqs / np.asarray(factors, dtype=np.float64)
+        if self.scaling == "linear":
+            return freqs / self.factor, 1.0
+        if self.scaling == "yarn":
+            return self._yarn(freqs)
+        return freqs, 1.0
+
+    def _yarn(self, freqs: np.ndarray) -> tuple[np.ndarray, float]:
+        ext = 1.0 if self.ext_factor is None else self.ext_factor
+        attn = 1.0 if self.attn_factor is None else self.attn_factor
+        if ext == 0:
+            return freqs / self.factor, attn
+
+        def dimension(rotations: float) -> float:
+            """The dimension pair that turns that often within the original context."""
+            return self.n_rot * math.log(self.n_ctx_orig / (rotations * 2 * math.pi)) / (2 * math.log(self.base))
+
+        low = max(0.0, math.floor(dimension(32.0 if self.beta_fast is None else self.beta_fast)))
+        high = min(self.n_rot - 1.0, math.ceil(dimension(1.0 if self.beta_slow is None else self.beta_slow)))
+        ramp = (np.arange(self.n_rot // 2) - low) / max(0.001, high - low)
+        keep = (1 - np.clip(ramp, 0, 1)) * ext  # 1: fast pair, left as it is; 0: slow pair, interpolated
+        mixed = freqs / self.factor * (1 - keep) + freqs * keep
+        return mixed, attn * (1 + 0.1 * math.log(self.factor))
+
+    def llama3_factors(self) -> np.ndarray | None:
+        """The values of `rope_freqs.weight`, float32 (n_rot / 2,), for Llama 3.1's scaling; None without it."""
+        if self.llama3 is None:
+            return None
+        factor, low, high, n_ctx = self.llama3
+        # float32 throughout: these are the bytes that other converters write
+        dims = np.arange(0, self.n_rot, 2, dtype=np.float32) / np.float32(self.n_rot)
+        freqs = np.float32(1.0) / np.float32(self.base) ** dims
+        out = np.ones(len(freqs), np.float32)
+        for i, freq in enumerate(freqs):
+            wavelength = float(np.float32(2 * math.pi) / freq)
+            if wavelength > n_ctx / low:
+                out[i] = factor
+            elif wavelength >= n_ctx / high:
+                smooth = (n_ctx / wavelength - low) / (high - low)
+                out[i] = 1 / ((1 - smooth) / factor + smooth)
+        return out
+
+    # -- GGUF ------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_keys(cls, keys: Keys, head_dim: int, n_ctx: int) -> Rope:
+        """Read from GGUF metadata."""
+        n_rot = keys.integer("rope.dimension_count", head_dim)
+        if n_rot != head_dim:
+            raise UnsupportedError(
+                f"{keys.where}: rotary embedding of {n_rot} of {head_dim} dimensions is not supported"
+            )
+        old = keys.number("rope.scale_linear", 1.0)
+        factor = keys.number("rope.scaling.factor", old, positive=False) or 1.0
+        scaling = keys.get("rope.scaling.type", "linear" if factor != 1.0 else "none")
+        if scaling not in ("none", "linear", "yarn"):
+            raise UnsupportedError(f"{keys.where}: rope scaling {scaling!r} is not supported (only none, linear, yarn)")
+        keys.get("rope.scaling.finetuned", None)
+        rope = cls(
+            n_rot=n_rot,
+            base=keys.number("rope.freq_base", 10000.0),
+            scaling=scaling,
+            factor=factor,
+            n_ctx_orig=keys.integer("rope.scaling.original_context_length", n_ctx),
+            ext_factor=keys.number("rope.scaling.yarn_ext_factor", None, positive=False),
+            attn_factor=keys.number("rope.scaling.attn_factor", keys.number("rope.scaling.yarn_attn_factor", None)),
+            beta_fast=keys.number("rope.scaling.yarn_beta_fast", None),
+            beta_slow=keys.number("rope.scaling.yarn_beta_slow", None),
+        )
+        rope.check(keys.where)
+        return rope
+
+    def check(self, where: str) -> None:
+        if self.n_rot % 2:
+            raise FormatError(f"{where}: {self.n_rot} rotated dimensions are not pairs")
+        if self.base <= 1.0 or self.factor <= 0:
+            raise FormatError(f"{where}: rope base {self.base} and factor {self.factor} make no sense")
+
+    def metadata(self) -> dict[str, Any]:
+        """Scaling keys without the architecture's prefix, as llama.cpp's converter writes them."""
+        if self.scaling == "none":
+            return {}
+        out: dict[str, Any] = {
+            "rope.scaling.type": self.scaling,
+            "rope.scaling.factor": np.float32(self.factor),
+        }
+        if self.scaling == "yarn":
+            out["rope.scaling.original_context_length"] = np.uint32(self.n_ctx_orig)
+            extra = {"yarn_ext_factor": self.ext_factor, "yarn_attn_factor": self.attn_factor,
+                     "yarn_beta_fast": self.beta_fast, "yarn_beta_slow": self.beta_slow}  # fmt: skip
+            out |= {f"rope.scaling.{k}": np.float32(v) for k, v in extra.items() if v is not None}
+        return out
+
+    # -- Hugging Face ----------------------------------------------------------------------------
+
+    @classmethod
+    def from_hf(cls, keys: Keys, head_dim: int, n_ctx: int) -> Rope:
+        """Read from a config.json: `rope_theta` with `rope_scaling`, or the newer `rope_parameters`."""
+        scaling = keys.get("rope_scaling", None)
+        settings = keys.get("rope_parameters", scaling) or {}
+        if not isinstance(settings, Mapping) or "full_attention" in settings:
+            raise UnsupportedError(f"{keys.where}: rope settings that differ between layers are not supported")
+        inner = Keys(settings, f"{keys.where}: rope")
+        base = inner.number("rope_theta", keys.number("rope_theta", 10000.0))
+        partial = inner.number("partial_rotary_factor", keys.number("partial_rotary_factor", 1.0))
+        if partial != 1.0:
+            raise UnsupportedError(f"{keys.where}: partial_rotary_factor = {partial} is not supported (only 1)")
+        kind = str(inner.get("rope_type", inner.get("type", "default"))).lower()
+        original = inner.integer("original_max_position_embeddings",
+                                 keys.integer("original_max_position_embeddings", n_ctx))  # fmt: skip
+        factor = inner.number("factor", 1.0)
+        if kind == "llama3":
+            low, high = inner.number("low_freq_factor", 1.0), inner.number("high_freq_factor", 4.0)
+            if low >= high:
+                raise FormatError(f"{keys.where}: rope low_freq_factor {low} is not below high_freq_factor {high}")
+            rope = cls(head_dim, base, llama3=(inner.number("factor", 8.0), low, high, original))
+        elif kind == "yarn":
+            inner.must_be("mscale", None)
+            inner.must_be("mscale_all_dim", None)
+            inner.must_be("truncate", None, True)
+            rope = cls(head_dim, base, "yarn", factor, original,
+                       inner.number("extrapolation_factor", None, positive=False),
+                       inner.number("attention_factor", inner.number("attn_factor", None)),
+                       inner.number("beta_fast", None), inner.number("beta_slow", None))  # fmt: skip
+        elif kind == "linear":
+            rope = cls(head_dim, base, "linear", factor)
+        elif kind == "default":
+            rope = cls(head_dim, base)
+        else:
+            raise UnsupportedError(f"{keys.where}: rope scaling {kind!r} is not supported (only linear, llama3, yarn)")
+        rope.check(keys.where)
+        return rope
