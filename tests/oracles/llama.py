@@ -331,6 +331,7 @@ class Worker:
         for ids in lists:
             array = (C.c_int32 * len(ids))(*ids)
             size = 64 + 16 * len(ids)
+            n, buffer = -1, C.create_string_buffer(0)
             for _ in range(2):
                 buffer = C.create_string_buffer(size)
                 n = self.lib.llama_detokenize(
