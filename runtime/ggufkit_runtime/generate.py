@@ -1,0 +1,245 @@
+"""A loaded model: `load`, then `generate`, `chat`, `logits`. A Session is one conversation with its cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from ggufkit_formats import gguf
+from ggufkit_formats.errors import FormatError, UnsupportedError, UsageError
+
+from . import models, tokenizer, weights
+from .sampler import Sampler
+
+N_BATCH = 512  # tokens of a prompt that go through the network at a time
+
+
+def backend(device: str = "auto", threads: int | None = None) -> Any:
+    """The operations of that device. Raises UnsupportedError where it is not to be had."""
+    if device not in ("auto", "cpu", "cuda", "reference"):
+        raise UsageError(f"unknown device {device!r} (auto, cpu, cuda)")
+    if device == "cuda":
+        raise UnsupportedError("this version of ggufkit has no CUDA backend yet: use --device cpu")
+    if device == "reference":
+        from ggufkit_kernels.ops_ref import RefOps
+
+        return RefOps()
+    from ggufkit_kernels.cpu.ops import CpuOps
+
+    return CpuOps(threads)
+
+
+def load(
+    path: str | os.PathLike[str],
+    device: str = "auto",
+    threads: int | None = None,
+    n_ctx: int | None = None,
+    pre: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """Open a GGUF file and load it for running.
+
+    `device` is auto, cpu, cuda, or reference (plain NumPy in float32, slow, for checking). `pre` overrides the
+    file's pre-tokenizer. Raises FormatError for a broken file, UnsupportedError for an unknown architecture.
+    """
+    began = time.perf_counter()
+    with gguf.open(path) as file:
+        name = str(Path(path).name)
+        arch = file.metadata.get("general.architecture")
+        if not isinstance(arch, str):
+            raise FormatError(f"{name}: general.architecture is missing, so this is not a model")
+        architecture = models.by_arch(arch)
+        config = architecture.config_from_metadata(file.metadata)
+        if n_ctx is not None and n_ctx < 1:
+            raise UsageError(f"a context of {n_ctx} tokens is too small")
+        words = tokenizer.from_metadata(file.metadata, pre=pre)
+        ops = backend(device, threads)
+        packed = weights.load(architecture, config, file.tensors, ops, name, progress)
+        info = Info(
+            path=Path(path),
+            name=str(file.metadata.get("general.name", Path(path).stem)),
+            arch=arch,
+            file_type=file.metadata.get("general.file_type"),
+            n_parameters=sum(t.n_elements for t in file.tensors.values()),
+            n_bytes=sum(t.nbytes for t in file.tensors.values()),
+        )
+    return Model(
+        architecture, config, packed, ops, words, info, n_ctx or config.n_ctx_train, time.perf_counter() - began
+    )
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a report says about a model's file."""
+
+    path: Path
+    name: str
+    arch: str
+    file_type: int | None
+    n_parameters: int
+    n_bytes: int
+
+
+@dataclass
+class Model:
+    """A network with its weights in a backend's memory, and its tokenizer."""
+
+    architecture: ModuleType
+    config: Any
+    weights: weights.Weights
+    ops: Any
+    tokenizer: Any
+    info: Info
+    n_ctx: int  # most positions of a session
+    load_s: float
+
+    def cache(self, n_ctx: int | None = None) -> Any:
+        """An empty key-value cache for at most n_ctx positions."""
+        c = self.config
+        return self.ops.cache(c.n_layers, c.n_kv_heads, c.head_dim, n_ctx or self.n_ctx)
+
+    def forward(self, ids: Sequence[int] | np.ndarray, cache: Any, first: int = 0) -> np.ndarray:
+        """Append ids (n,) to the cache; logits of ids[first:], float32 (n - first, n_vocab)."""
+        ids = np.asarray(ids, dtype=np.int64)
+        if ids.ndim != 1 or not len(ids):
+            raise UsageError("a forward needs at least one token")
+        if ids.min() < 0 or ids.max() >= self.config.n_vocab:
+            raise UsageError(f"token ids are 0 to {self.config.n_vocab - 1}, not {ids.min()} to {ids.max()}")
+        if cache.length + len(ids) > cache.n_ctx:
+            raise UsageError(f"{cache.length + len(ids)} tokens do not fit a context of {cache.n_ctx}")
+        return self.ops.to_numpy(self.architecture.forward(self.config, self.weights, self.ops, ids, cache, first))
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Teacher-forced logits, float32 (len(ids), n_vocab): row i predicts token i + 1."""
+        cache = self.cache(max(len(ids), 1))
+        parts = [self.forward(ids[i : i + N_BATCH], cache) for i in range(0, max(len(ids), 1), N_BATCH)]
+        return np.concatenate(parts)
+
+    def session(self, n_ctx: int | None = None) -> Session:
+        """A conversation: tokens that stay in the cache from one call to the next."""
+        return Session(self, n_ctx or self.n_ctx)
+
+    def generate(self, prompt: str, max_tokens: int | None = None, **sampling: Any) -> Iterator[str]:
+        """Text that follows the prompt, in pieces as they come; never half a character.
+
+        Stops at an end token, after `max_tokens`, or at the end of the context. Sampling: temperature, top_k,
+        top_p, min_p, repeat_penalty, seed, as `Sampler` has them.
+        """
+        ids = self.tokenizer.encode(prompt, add_special=True, parse_special=True)
+        return self.session().text(ids, Sampler(**sampling), max_tokens)
+
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], max_tokens: int | None = None, **sampling: Any
+    ) -> Iterator[str]:
+        """The assistant's answer to messages [{"role": …, "content": …}, …], by the file's chat template."""
+        ids = self.tokenizer.encode_chat(messages)
+        return self.session().text(ids, Sampler(**sampling), max_tokens)
+
+
+@dataclass
+class Timings:
+    """Seconds and tokens of one answer."""
+
+    prompt_tokens: int = 0  # tokens that went through the network, those found in the cache excepted
+    prompt_s: float = 0.0
+    generated_tokens: int = 0
+    generate_s: float = 0.0
+
+
+@dataclass
+class Session:
+    """One conversation. `tokens` are those in the cache; a new prompt reuses the longest common beginning."""
+
+    model: Model
+    n_ctx: int
+    tokens: list[int] = field(default_factory=list)
+    timings: Timings = field(default_factory=Timings)
+    finish_reason: str | None = None  # "stop": an end token; "length": max_tokens, or the end of the context
+    context_full: bool = False
+    generated: list[int] = field(default_factory=list)
+    last_logits: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        self.cache = self.model.cache(self.n_ctx)
+
+    def stream(self, ids: Sequence[int], sampler: Sampler, max_tokens: int | None = None) -> Iterator[int]:
+        """Generated token ids, the end token not included. `ids` is the whole conversation so far."""
+        if not len(ids):
+            raise UsageError("the prompt is empty, and this model has no token that begins a text")
+        if len(ids) > self.n_ctx:
+            raise UsageError(f"the prompt has {len(ids)} tokens, more than the context of {self.n_ctx}")
+        self.timings, self.finish_reason, self.context_full, self.generated = Timings(), None, False, []
+        limit = float("inf") if max_tokens is None else max_tokens
+        logits = self._prompt(list(ids))
+        end = self.model.tokenizer.eog_ids
+        while True:
+            if len(self.generated) >= limit:
+                self.finish_reason = "length"
+                return
+            began = time.perf_counter()
+            token = sampler(logits, self.tokens)
+            self.timings.generate_s += time.perf_counter() - began
+            if token in end:
+                self.finish_reason = "stop"
+                return
+            self.generated.append(token)
+            self.timings.generated_tokens += 1
+            yield token
+            if len(self.generated) >= limit:
+                continue
+            if len(self.tokens) >= self.n_ctx:
+                self.finish_reason, self.context_full = "length", True
+                return
+            began = time.perf_counter()
+            logits = self._advance([token])
+            self.timings.generate_s += time.perf_counter() - began
+
+    def text(self, ids: Sequence[int], sampler: Sampler, max_tokens: int | None = None) -> Iterator[str]:
+        """Generated text in whole characters."""
+        decoder = self.model.tokenizer.stream()
+        for token in self.stream(ids, sampler, max_tokens):
+            if piece := decoder.push(token):
+                yield piece
+        if piece := decoder.finish():
+            yield piece
+
+    @property
+    def logits_hash(self) -> str | None:
+        """SHA-256 of the last logits, float32 little endian: equal numbers, equal hash."""
+        if self.last_logits is None:
+            return None
+        return hashlib.sha256(self.last_logits.astype("<f4").tobytes()).hexdigest()
+
+    def _prompt(self, ids: list[int]) -> np.ndarray:
+        began = time.perf_counter()
+        common = 0
+        for ours, theirs in zip(self.tokens, ids, strict=False):
+            if ours != theirs:
+                break
+            common += 1
+        common = min(common, len(ids) - 1)  # one token at least must run, to give logits
+        self.cache.truncate(common)
+        del self.tokens[common:]
+        logits = np.empty(0, np.float32)
+        for i in range(common, len(ids), N_BATCH):
+            logits = self._advance(ids[i : i + N_BATCH])
+        self.timings.prompt_tokens = len(ids) - common
+        self.timings.prompt_s = time.perf_counter() - began
+        return logits
+
+    def _advance(self, ids: list[int]) -> np.ndarray:
+        try:
+            logits = self.model.forward(ids, self.cache, first=len(ids) - 1)[0]
+        except BaseException:
+            self.cache.truncate(len(self.tokens))  # interrupted: cache and tokens stay in step
+            raise
+        self.tokens += ids
+        self.last_logits = logits
+        return logits

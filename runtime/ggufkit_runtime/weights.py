@@ -1,0 +1,89 @@
+"""From a file's tensors to a network's weights: every name and shape is checked, then packed by the backend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+from ggufkit_formats.errors import FormatError, UnsupportedError
+from ggufkit_formats.tensor import Tensor
+
+from .models import TensorSpec
+
+
+class Weights(SimpleNamespace):
+    """The packed weights, under GGUF's names: `.token_embd`, `.output`, `.layers[3].attn_q`, `.attn_q_bias`.
+
+    `.freqs` are the rotary frequencies and the factor on cos and sin; `.nbytes` what the file's tensors take,
+    `.nbytes_per_token` what a forward of one token reads of them.
+    """
+
+    layers: list[SimpleNamespace]
+    freqs: tuple[np.ndarray, float]
+    nbytes: int
+    nbytes_per_token: int
+
+
+def check(specs: list[TensorSpec], tensors: Mapping[str, Tensor], file: str) -> None:
+    """Compare what the architecture asks for with what the file holds. Raises FormatError or UnsupportedError."""
+    asked = {spec.gguf: spec for spec in specs}
+    for spec in specs:
+        tensor = tensors.get(spec.gguf)
+        if tensor is None:
+            if not spec.optional:
+                raise FormatError(f"{file}: tensor {spec.gguf!r} is missing")
+        elif tensor.shape != spec.shape:
+            raise FormatError(
+                f"{file}: tensor {spec.gguf!r} has shape {tensor.shape}, the metadata asks for {spec.shape}"
+            )
+    for name in tensors:
+        if name not in asked:
+            near = difflib.get_close_matches(name, asked, n=1, cutoff=0.8)
+            hint = f" (nearest: {near[0]})" if near else ""
+            raise UnsupportedError(f"{file}: tensor {name!r} does not belong to this architecture{hint}")
+
+
+def load(
+    model: ModuleType,
+    config: Any,
+    tensors: Mapping[str, Tensor],
+    ops: Any,
+    file: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> Weights:
+    """Check all tensors, then pack them one after the other; `progress` is told (bytes done, bytes in all)."""
+    specs = model.tensors(config)
+    check(specs, tensors, file)
+    total = sum(t.nbytes for t in tensors.values())
+    weights = Weights(layers=[SimpleNamespace() for _ in range(config.n_layers)], nbytes=total)
+    done = 0
+    for spec in specs:
+        tensor = tensors.get(spec.gguf)
+        place, attribute = _place(weights, spec.gguf)
+        if tensor is None:
+            setattr(place, attribute, None)
+            continue
+        setattr(place, attribute, ops.weight(tensor) if spec.is_matrix else ops.vector(tensor))
+        done += tensor.nbytes
+        if progress is not None:
+            progress(done, total)
+    factors = tensors.get("rope_freqs.weight")
+    weights.freqs = config.rope.frequencies(None if factors is None else factors.dequantize())
+    weights.nbytes_per_token = total
+    if weights.output is None:
+        weights.output = weights.token_embd
+    else:
+        weights.nbytes_per_token -= tensors["token_embd.weight"].nbytes
+    return weights
+
+
+def _place(weights: Weights, name: str) -> tuple[SimpleNamespace, str]:
+    """Where a tensor goes: blk.3.attn_q.bias -> (weights.layers[3], "attn_q_bias")."""
+    parts = name.split(".")
+    place: SimpleNamespace = weights
+    if parts[0] == "blk":
+        place, parts = weights.layers[int(parts[1])], parts[2:]
+    return place, parts[0] if parts[1] == "weight" else f"{parts[0]}_{parts[1]}"
