@@ -128,3 +128,20 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:
             self.bar.stop()
+
+
+def load(model: str | None, device: str = "auto", threads: int | None = None, n_ctx: int | None = None,
+         pre_tokenizer: str | None = None) -> Any:  # fmt: skip
+    """The model to run, with progress bars for fetching and loading it."""
+    from ggufkit_runtime import generate
+
+    from .. import sources
+
+    path = sources.model(model)
+    with Progress(f"loading {printable(path.name)}", 1, unit=size, patience=1.0) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar(done)
+
+        return generate.load(path, device=device, threads=threads, n_ctx=n_ctx, pre=pre_tokenizer, progress=progress)

@@ -139,8 +139,12 @@ class Model:
         self, messages: Sequence[Mapping[str, str]], max_tokens: int | None = None, **sampling: Any
     ) -> Iterator[str]:
         """The assistant's answer to messages [{"role": …, "content": …}, …], by the file's chat template."""
-        ids = self.tokenizer.encode_chat(messages)
-        return self.session().text(ids, Sampler(**sampling), max_tokens)
+        return self.session().text(self.chat_ids(messages), Sampler(**sampling), max_tokens)
+
+    def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation by the file's chat template, ready for the assistant's answer."""
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        return self.tokenizer.encode(text, add_special=True, parse_special=True)
 
 
 @dataclass

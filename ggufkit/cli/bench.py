@@ -1,0 +1,63 @@
+"""ggufkit bench: tokens per second, in llama-bench's tests."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import click
+
+from . import screen
+
+
+@click.command(name="bench", short_help="Measure tokens per second.")
+@screen.model_option
+@screen.hf_option
+@click.option("-p", "--n-prompt", default=512, show_default=True, metavar="N", help="Tokens of the prompt; 0 for none.")
+@click.option("-n", "--n-gen", default=128, show_default=True, metavar="N", help="Tokens to generate; 0 for none.")
+@click.option(
+    "-r",
+    "--repetitions",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    metavar="N",
+    help="Runs of each test; the median counts.",
+)
+@screen.threads_option
+@screen.device_option
+@screen.json_option
+def command(model: str | None, hf: str | None, n_prompt: int, n_gen: int, repetitions: int, threads: int | None,
+            device: str, as_json: bool) -> None:  # fmt: skip
+    """Time reading a prompt (pp) and generating (tg), as llama-bench does."""
+    from ggufkit_runtime import evaluate
+
+    from ..quantize import file_types
+
+    loaded = screen.load(model or (f"hf:{hf}" if hf else None), device, threads)
+    with screen.Progress("bench", 1) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar(done)
+
+        results = evaluate.bench(loaded, n_prompt, n_gen, repetitions, progress)
+    info = loaded.info
+    document = {
+        "model": info.name,
+        "type": file_types.name_of(info.file_type),
+        "n_parameters": info.n_parameters,
+        "n_bytes": info.n_bytes,
+        "device": loaded.ops.name,
+        "threads": loaded.ops.threads,
+        "results": [dataclasses.asdict(r) for r in results],
+    }
+    if as_json:
+        return screen.print_json(document)
+    sys.stdout.write(
+        f"{screen.printable(info.name)} {document['type']}, {info.n_parameters / 1e6:.1f} M parameters, "
+        f"{screen.size(info.n_bytes)}, {document['device']}, {document['threads']} threads\n"
+    )
+    rows = [(r.test, f"{r.tokens_per_s:.1f} ± {r.stdev:.1f}", f"{r.gb_per_s:.2f}") for r in results]
+    sys.stdout.write(screen.table(rows, ("test", "tokens/s", "GB/s of weights"), right=(1, 2)) + "\n")
+    return None
