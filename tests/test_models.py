@@ -1,0 +1,141 @@
+"""Architectures: settings read and refused, tables of tensors, and logits equal to llama.cpp's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny_models
+from ggufkit_formats.errors import FormatError, GgufkitError, UnsupportedError
+from ggufkit_runtime import generate, models
+from ggufkit_runtime.models.rope import Rope
+from oracles.llama import Llama
+
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}  # fmt: skip
+CASES = {
+    "llama": ("llama", {}),
+    "llama-tied-no-bias": ("llama", {"optional": False}),
+    "llama-mha": ("llama", {"num_key_value_heads": 4}),
+    "llama-head-dim": ("llama", {"head_dim": 32}),
+    "llama3-rope": ("llama", {"rope_scaling": LLAMA3, "rope_theta": 500000.0}),
+    "llama-linear-rope": ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
+    "llama-yarn-rope": (
+        "llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}},
+    ),
+    "qwen2": ("qwen2", {"rope_theta": 1e6}),
+    "qwen3": ("qwen3", {"head_dim": 64, "rope_theta": 1e6}),
+    "qwen3-head-dim": ("qwen3", {"head_dim": 128, "optional": False}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("device", ["reference", "cpu"])
+def test_logits_equal_llama_cpp(case, device, tmp_path):
+    arch, settings = CASES[case]
+    path = tiny_models.write(tmp_path / "tiny.gguf", arch, **settings)
+    ids = np.random.default_rng(1).integers(3, 320, 200).tolist()
+    with Llama(path, n_ctx=256, n_threads=2) as oracle:
+        theirs = oracle.logits(ids)
+    ours = generate.load(path, device=device).logits(ids)
+    assert ours.shape == theirs.shape
+    scale = theirs.std()
+    # llama.cpp keeps keys and values in float16: about 1e-3 of the logits' spread
+    assert np.abs(ours - theirs).max() < 0.03 * scale
+    assert np.sqrt(np.mean((ours - theirs) ** 2)) < 0.004 * scale
+
+
+@pytest.mark.parametrize("arch", [m.ARCH for m in models.MODELS])
+def test_metadata_round_trip(arch):
+    module = models.by_arch(arch)
+    settings = {**tiny_models.HF, "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 16.0}}
+    config = module.config_from_hf(settings)
+    again = module.config_from_metadata({**module.metadata(config), "tokenizer.ggml.tokens": ["a"] * 320})
+    assert again.rope.beta_fast == 16.0
+    assert (
+        module.metadata(again).items()
+        >= {k: v for k, v in module.metadata(config).items() if "length" not in k}.items()
+    )
+    assert [s.shape for s in module.tensors(again)] == [s.shape for s in module.tensors(config)]
+
+
+BAD_HF = {
+    "hidden_act": ({"hidden_act": "gelu"}, UnsupportedError, "hidden_act = 'gelu'"),
+    "experts": ({"num_local_experts": 8}, UnsupportedError, "num_local_experts"),
+    "quantized": ({"quantization_config": {"quant_method": "gptq"}}, UnsupportedError, "quantization_config"),
+    "rope": ({"rope_scaling": {"rope_type": "longrope"}}, UnsupportedError, "longrope"),
+    "partial": ({"partial_rotary_factor": 0.5}, UnsupportedError, "partial_rotary_factor"),
+    "layers": ({"layer_types": ["sliding_attention"]}, UnsupportedError, "sliding_attention"),
+    "window": ({"use_sliding_window": True}, UnsupportedError, "use_sliding_window"),
+    "missing": ({"hidden_size": None}, FormatError, "'hidden_size' is missing"),
+    "zero": ({"num_hidden_layers": 0}, FormatError, "num_hidden_layers"),
+    "huge": ({"num_hidden_layers": 2**40}, FormatError, "num_hidden_layers"),
+    "text": ({"hidden_size": "256"}, FormatError, "should be an integer"),
+    "heads": ({"num_key_value_heads": 3}, FormatError, "not a multiple"),
+    "eps": ({"rms_norm_eps": float("nan")}, FormatError, "makes no sense"),
+    "theta": ({"rope_theta": 0.5}, FormatError, "rope base"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_HF)
+@pytest.mark.parametrize("arch", [m.ARCH for m in models.MODELS])
+def test_bad_settings_are_refused_by_name(arch, case):
+    change, error, message = BAD_HF[case]
+    with pytest.raises(error, match=message):
+        models.by_arch(arch).config_from_hf({**tiny_models.HF, **change})
+
+
+def test_unknown_metadata_and_architecture():
+    module = models.by_arch("llama")
+    good = {**module.metadata(module.config_from_hf(tiny_models.HF))}
+    module.config_from_metadata(good)
+    for key, value in {
+        "llama.logit_scale": 2.0, "llama.expert_count": 8, "llama.rope.scaling.type": "longrope",
+        "llama.attention.head_count": np.array([4, 4]), "llama.rope.dimension_count": 32,
+    }.items():  # fmt: skip
+        with pytest.raises(
+            GgufkitError, match=key.split(".")[-1].replace("dimension_count", "dimensions").replace("type", "longrope")
+        ):
+            module.config_from_metadata({**good, key: value})
+    with pytest.raises(UnsupportedError, match="llama, qwen2, qwen3"):
+        models.by_arch("mamba")
+    with pytest.raises(UnsupportedError, match="did you mean LlamaForCausalLM"):
+        models.by_hf_class("LlamaForCausalLMs")
+
+
+def test_missing_extra_and_misshapen_tensors(tmp_path):
+    path = tiny_models.write(tmp_path / "tiny.gguf", num_hidden_layers=1)
+    from ggufkit_formats import gguf
+
+    with gguf.open(path) as file:
+        module = models.by_arch("llama")
+        specs = module.tensors(module.config_from_metadata(file.metadata))
+        from ggufkit_runtime import weights
+
+        tensors = dict(file.tensors)
+        weights.check(specs, tensors, "x.gguf")
+        with pytest.raises(UnsupportedError, match=r"'blk.0.attn_q.scale' does not belong .*nearest: blk.0.attn_q"):
+            weights.check(specs, {**tensors, "blk.0.attn_q.scale": tensors["output_norm.weight"]}, "x.gguf")
+        with pytest.raises(FormatError, match="has shape"):
+            weights.check(specs, {**tensors, "output.weight": tensors["blk.0.attn_q.weight"]}, "x.gguf")
+        del tensors["blk.0.ffn_up.weight"]
+        with pytest.raises(FormatError, match=r"'blk.0.ffn_up.weight' is missing"):
+            weights.check(specs, tensors, "x.gguf")
+
+
+def test_permuted_rows_by_hand():
+    # one head of 4 dimensions: halves (0, 1) and (2, 3) become pairs (0, 2), (1, 3)
+    assert models.permuted_rows(4, 1).tolist() == [0, 2, 1, 3]
+    assert models.permuted_rows(8, 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    with pytest.raises(FormatError):
+        models.permuted_rows(6, 2)
+
+
+def test_rope_frequencies_by_hand():
+    freqs, mscale = Rope(4, 10000.0).frequencies()
+    assert freqs.tolist() == [1.0, 0.01] and mscale == 1.0
+    freqs, _ = Rope(4, 10000.0).frequencies(np.array([1.0, 8.0]))
+    assert freqs.tolist() == [1.0, 0.00125]
+    # wavelengths 2π and 200π against 128/4 = 32 and 128/1: kept, and stretched by the whole factor
+    assert Rope(4, 10000.0, llama3=(8.0, 1.0, 4.0, 128)).llama3_factors().tolist() == [1.0, 8.0]
