@@ -1,0 +1,1 @@
+"""The searches for scales of the K types, vectorised over groups of weights."""
