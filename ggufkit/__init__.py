@@ -19,10 +19,10 @@ import numpy as np
 from ggufkit_formats.errors import FormatError, GgufkitError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
-    from ggufkit_formats.gguf import GgufFile
     from ggufkit_runtime.generate import Model
 
     from .convert import Report
+    from .file import File
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-def open(path: str | os.PathLike[str]) -> GgufFile:
+def open(path: str | os.PathLike[str]) -> File:
     """Open a GGUF file, lazily: nothing but its header is read.
 
     `.metadata` is a mapping, `.tensors` a mapping from name to tensor, `.tokenizer` the file's tokenizer. Any
@@ -39,7 +39,9 @@ def open(path: str | os.PathLike[str]) -> GgufFile:
     """
     from ggufkit_formats import gguf
 
-    return gguf.open(path)
+    from .file import File
+
+    return gguf.open(path, File)
 
 
 def load(

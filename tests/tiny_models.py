@@ -1,4 +1,4 @@
-"""Small random models as GGUF files, for any architecture that ggufkit runs. Their text is noise, their logits are not."""
+"""Small random models as GGUF files, for any architecture that runs. Their text is noise, their logits are not."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar, overload
 
 from .blocks import TensorType, UnknownType, by_id
 from .errors import FormatError, GgufkitError, UnsupportedError
@@ -78,19 +79,26 @@ class GgufFile:
         return f"GgufFile({str(self.path)!r}, {len(self.tensors)} tensors, {len(self.metadata)} metadata keys)"
 
 
-def open(path: str | os.PathLike[str]) -> GgufFile:
-    """Open a GGUF file; any shard of a split file means the whole.
+F = TypeVar("F", bound=GgufFile)
+
+
+@overload
+def open(path: str | os.PathLike[str]) -> GgufFile: ...
+@overload
+def open(path: str | os.PathLike[str], kind: type[F]) -> F: ...
+def open(path: str | os.PathLike[str], kind: type[GgufFile] = GgufFile) -> GgufFile:
+    """Open a GGUF file; any shard of a split file means the whole. `kind` is the class of what is returned.
 
     Raises FormatError where the file does not hold what it says, UnsupportedError for other versions of GGUF, and
     GgufkitError where it cannot be read. Source: the GGUF specification of ggml (docs/gguf.md there).
     """
     first = _Shard.open(path)
     if first.n_shards <= 1:
-        return GgufFile([first])
+        return kind([first])
     shards = [first]
     try:
         shards = _open_shards(first)
-        return GgufFile(shards)
+        return kind(shards)
     except BaseException:
         for shard in shards:
             shard.source.close()
