@@ -95,9 +95,7 @@ class TensorType:
         """uint8 (…, bytes per row), little endian -> float32 (…, cols). Equal to ggml's bit for bit."""
         raw = np.ascontiguousarray(raw, dtype=np.uint8)
         if raw.shape[-1] % self.block_nbytes:
-            raise FormatError(
-                f"{self.name} rows are multiples of {self.block_nbytes} bytes, not {raw.shape[-1]}"
-            )
+            raise FormatError(f"{self.name} rows are multiples of {self.block_nbytes} bytes, not {raw.shape[-1]}")
         blocks = raw.reshape(-1).view(self.fields)
         cols = raw.shape[-1] // self.block_nbytes * self.block
         return self.decode_blocks(blocks).reshape(*raw.shape[:-1], cols)
@@ -105,11 +103,12 @@ class TensorType:
     def encode(self, x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
         """float (…, cols) -> uint8 (…, bytes per row): the bytes that ggml_quantize_chunk writes.
 
-        `importance` is one weight per column, (cols,), or None. Rows must be finite for types with scales
-        (FormatError otherwise). This is the plain definition; `ggufkit_kernels.cpu.encode` is the fast one.
+        `importance` is one weight per column, (cols,), or None. For types with scales, rows and the scales that
+        they need must be finite (FormatError otherwise). This is the plain definition; `ggufkit_kernels.cpu.encode`
+        is the fast one.
         """
         x = np.ascontiguousarray(x, dtype=np.float32)
-        self.row_nbytes(x.shape[-1])
+        row_nbytes = self.row_nbytes(x.shape[-1])
         self.check_finite(x)
         blocks = x.reshape(-1, self.block)
         weights = None
@@ -117,12 +116,25 @@ class TensorType:
             per_row = np.asarray(importance, dtype=np.float32).reshape(-1, self.block)
             weights = np.tile(per_row, (blocks.shape[0] // per_row.shape[0], 1))
         out = self.encode_blocks(blocks, weights)
-        return out.view(np.uint8).reshape(*x.shape[:-1], -1)
+        self.check_scales(out)
+        return out.view(np.uint8).reshape(*x.shape[:-1], row_nbytes)
 
     def check_finite(self, x: np.ndarray) -> None:
         """Raise FormatError where a quantized type is given NaN or infinity."""
         if self.is_quantized and not np.isfinite(x).all():
             raise FormatError(f"NaN or infinite weights cannot be quantized to {self.name}")
+
+    def check_scales(self, blocks: np.ndarray) -> None:
+        """Raise FormatError where encoded blocks (n,) of `fields` hold a float that is not finite.
+
+        The weights were finite, but too large for a scale of 16 bits. ggml writes such blocks and refuses to load
+        them (`ggml_validate_row_data`).
+        """
+        if not self.is_quantized:
+            return
+        for name, (dtype, *_) in (self.fields.fields or {}).items():
+            if dtype.kind == "f" and not np.isfinite(blocks[name]).all():
+                raise FormatError(f"weights are too large for {self.name}: scale not finite in {dtype.name}")
 
     # -- what a subclass defines -----------------------------------------------------------------
 

@@ -193,7 +193,7 @@ class Q6_K(KType):
 
         ql      128 bytes   byte 64h + j:   | low bits of x[128h + j + 64] : 4 | low bits of x[128h + j] : 4 |
                             (j below 64)
-        qh      64 bytes    byte 32h + j:   | high bits of x[128h + j + 96] : 2 | … j + 64 : 2 | … j + 32 : 2 | … j : 2 |
+        qh      64 bytes    byte 32h + j:   | high bits of x[128h + j + 96] : 2 | j + 64 : 2 | j + 32 : 2 | j : 2 |
         scales  16 × i8     byte g:         scale of group g
         d       f16         scale of the scales
     """

@@ -35,9 +35,14 @@ def inverse(d: np.ndarray) -> np.ndarray:
 
 
 def largest(x: np.ndarray) -> np.ndarray:
-    """float32 (n,): the weight of largest magnitude in each row of x (n, k), the first of equals, with its sign."""
-    at = np.argmax(np.abs(x), axis=1)
-    return x[np.arange(len(x)), at]
+    """float32 (n,): the weight of largest magnitude in each row of x (n, k), the first of equals; +0 for zeros."""
+    value = taken(x, np.argmax(np.abs(x), axis=1))
+    return np.where(value == 0, F32(0), value)
+
+
+def taken(x: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """x[i, at[i]] for each row i."""
+    return np.take_along_axis(x, at[:, None], axis=1)[:, 0]
 
 
 def nibbles(codes: np.ndarray) -> np.ndarray:
@@ -104,7 +109,8 @@ class Ranged(LegacyType):
     bits = 4
 
     def fill(self, out: np.ndarray, x: np.ndarray) -> None:
-        low, high = x.min(axis=1), x.max(axis=1)
+        # Of 0 and -0 the first counts, as in a loop of comparisons: the sign is stored.
+        low, high = taken(x, np.argmin(x, axis=1)), taken(x, np.argmax(x, axis=1))
         d = (high - low) / F32((1 << self.bits) - 1)
         codes = low_byte((x - low[:, None]) * inverse(d)[:, None] + F32(0.5))
         if self.bits == 4:
