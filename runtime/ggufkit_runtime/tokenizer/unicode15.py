@@ -1,0 +1,118 @@
+"""General categories of Unicode 15.1, and split patterns written with them.
+
+The regular expressions inside `tokenizers` follow the newest Unicode, llama.cpp's tables stand at 15.1, and they
+differ in thousands of letters. Token ids must not depend on a library's age, so each `\\p{…}` and `\\s` of a
+pattern is written out as ranges before the library sees it.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+
+# Runs of code points with the same general category, from 0 upwards: a letter (Z stands for all categories that
+# no pattern asks for) and the distance from the start of the run before, in base 36; no number means 1.
+RUNS = (
+    "Z0PxS3PS6PN4PaS2P3L2PqS3PSLPqSPSZPySP5SL2PSZSN4S2LPS2NLPNP3LSnLSvLScqL4ScLeS5L7SLSMhL34S5LZ2L2P4LZS4"
+    "L2PLZ3LZLZkLS2bLS3vML7Z4mLZ12L2PL6P15Z2S2Z3MP19MPMP2MP2MZL8ZrL4P4Z2ShP3S2PS2M2PbZPL3M17NlPaL4M2LP2rL"
+    "MZ7SML6M2S2ML4N2LaS3L2PZeL2MLMuZrL2M2hLbZNeLaMxL9S2PL3ZM2SL2MmL4ML9ML3MZ5P2ZfLMpZ3P2ZLZbL5SoLZ6M9L8M"
+    "16ZoMLxM1iL3MLiML7MaP2N2PaLMgZ3LZ8L2Z2L2ZmLZ7LZL3Z4M2LMZ7M2Z2M2L3ZM8ZL4Z2LM3Z2N2LaS2N2S6L2PMZM2Z3LZ6"
+    "L4Z2L2ZmLZ7LZ2LZ2LZ2M2ZMZ5M4Z2M2Z3M3ZL7Z4LZN7MaL2M3PZMaZ3LZ9LZ3LZmLZ7LZ2LZ5M2LMZ8MZ3MZ3L2ZLfM2Z2N2Pa"
+    "SZL7MZ6MZ3LZ8L2Z2L2ZmLZ7LZ2LZ5M2LMZ7M2Z2M2Z3M7Z3L4Z2LM3Z2N2SaLNZ6MaLZLZ6L3Z3LZ4L3Z2LZLZ2L3Z2L3Z3L3Zc"
+    "M4Z5M3Z3MZ4L2ZM6ZNeSdZ8M5L5Z8LZ3LZnLZgM2LMZ7MZ3MZ4M7Z2LZ3L2ZL2M2Z2N2ZaP7NS7LMP3LZ8LZ3LZnLZaLZ5M2LMZ7"
+    "MZ3MZ4M7Z2L6Z2LM2Z2N2ZaLM2ZMcL4Z9LZ3LM15L2MZ7MZ3ML4SZL4M3NL7M3Z2N2SjLZ6MZ3LZiL3ZoLZ9LZL2Z7M3ZM4Z6MZM"
+    "Z8N6ZaM2P2ZLcM1cLM2Z7S4LM7P8NPaZ2L11Z2LZLZ5LZoLZLMaLM2L9ZL2Z5LZMZ7NZaL2Z4LwSP3SfPSM3S2N6SkMSMSMPM4L2"
+    "Z8LZ10M4PkML2M5ZbMZ10SM8SZ6SP2S5P4Z2L11M17LkNPaL6M6L4M4L3ML3M2L7M3L4MdLcMNMaS4L2Z12LZL5ZL2P17LZ99LZ4"
+    "L2Z7LZLZ4L2Z15LZ4L2ZxLZ4L2Z7LZLZ4L2ZfLZ1lLZ4L2Z1vM2P3N9ZkL3SgZaL6Z2eL2Z6P2LSh8PLZhLPqZ2L3P23N3L3Z8L7"
+    "MiZ4L9MjP3Z2L9MiZ2LcZdLZ3MZ2LcM1gPwL3PS3LMZN2ZaN6ZaP6MbZ3MNZaL6Z2hL7M5L2MyLZL5Z1yLaZvMZcM4ZcS4ZP3N2L"
+    "aZuL2Z5LbZ18L4ZqN6ZbS3LyMnZ5P2L2M1hZaMZtM2NZaN6ZaP6L7PZ6M2ZvM1dL5M1bLhZ8N3PaS7MaS9P9Z2ML3MuLdN2LaM18"
+    "ZeP8L4M10ZkP3N5ZaL3N3LaP10L2Z9L7Z17L2P3Z8M8P3MLlM4LM6LM2L3ZL5M5cL1sZ7qL2Z6L2Z12L2Z6L2Z8LZLZLZLZvL2Z1"
+    "hLS7LSL3Z3LS7L3Z4L2Z6SL3SdZ3L2Z3LS7Z2PhZoP8SkPSdPZcNhLZN2S6P3L2NSaP3Z2LZdS3ZxMfZxSfL2SL4SL2SaLSL3S5L"
+    "6SLSLSLS4LSbL2S4L5S5L4SNL1fN2S5Z2S4PagS4PtS2Z70SpZbNlS1oN26SmPh4NeSuP1dS2PvSaPb7SmP1rS4PwS2ZaeS2ZwSL"
+    "2xS6dL6M4L3Z2P5N4PL2Z12LZL5ZL2Z1kL7PZMeLZnL9Z7LZ7LZ7LZ7LZ7LZ7LZ7LZ7MPwL1bPSwP2ZcSyZqSZ2hScZ5ySqZgPS3"
+    "LN2PSaP2ScNM9P6LS5N2L3P2SZ2LZ2eM2S2L2P3LP2iLZ4L5Z17LZ2mSN2S4LaSwZ10SbLSgZvNSaNuS8NSfNwSaN13SfL8wS534"
+    "L1sZh3hS3Z1jL9P1aL2P7hL3NgLaZ2LkM1bP4MPaLMvL2N1yMaP2Z6S8LnS9L2S2vL2Z1sL5Z2LZLZ5LoMgLM3LM4LMnS5M4ZN3S"
+    "6Z4L6P1gZ4M8L2M1eZiP8N2ZaM6LiP6L3PLM2NLaMsP8L2MnZdPbLZtM3L4M1bPeZdLNZaP4L2M5LNaLaZ5LM15ZeL9M3LM8Z2N2"
+    "ZaP2L4SnL3ML3M1eLML3M2L2M5L2MLZLoP3L2MbP5L2M3Z2LaZ6L2Z6L2Z6L9Z7LZ7LS17LSeZ2L4M37P8MZ2N2ZaL6Z8mcLcZnL"
+    "4Z1dL6isZa6L2Z2yL12Z7LcZ5L5MLSaLZdLZ5LZLZ2LZ2LS30ZhLgPa3S2LgZ1sL2Z1iS7ZLwScM4PgZaM6PgZzPSePSZ3PSPZ2L"
+    "4Z5LZ3rP4S3PS6PN4PaS2P3L2PqS3PSLPqSPSPL7Z2hL3Z6L2Z6L2Z6L2Z3S3Z7SZ7SdZ2L2ZcLZqLZjLZ2LZfL2ZeLyZ3fP5Z3N"
+    "4Z19S3N9S1lNhS2Z3SZdS3ZS1bM19ZL3mZtL3Z1dMfNZrL4NwZ4L9NkLN8ZL5M12Z5L5ZuPLZ10L4P8NZ5L16Z4eN2ZaL6Z10L4Z"
+    "10L4Z14L8Z1gPbLZbLZfLZ7LZ2LZbLZfLZ7LZ2L1vZ8nL9ZmLaZ8LoZ6LZ16LZ9L1xZ6L2ZLZ18LZ2L3ZL2ZnPNL8SnN2L7ZvN8Z"
+    "9L1cZjLZ2N5L5NmZ6P3LZqP5ZL1sZ1kN4L2N2ZgN2L1aMZ3MZ2M5L4Z4LZ3LZtM2Z3M4NZ9P7Z9L7NtP2LNtZ3LwS8LMsZ2N4P5Z"
+    "7L9Z1iP3L7ZmN2L8ZjN5L8ZiP7Z4NcZ7L28Z21L1jZ1fLdZ1fN7L6M10Z4N8ZaN86ZvLZ16MP2ZL2Z2M23L3NtLaZL8MmNbP4Z5L"
+    "mMiP4Z4L12NlZ7LkZnM9L3M1hPfZ7N4MuLM2L2ZM9L4M19PbZ2PM4ZLdZpN7ZaM6L3M10ZeNPaL4ML2ZL8MzPL2ZM9L3M1cLeP4M"
+    "4P4MN2LaPLPZ3NZkLbZiLMpPcM6LM2ZL1qZ7LZLZ4LZfLPaZL6M1bZcN5ZaM6Z4LZ8L2Z2L2ZmLZ7LZ2LZ5ML2MZ7M2Z2M2Z3L2Z"
+    "M6ZL5M5Z2M2Z7M3Z5L3vM1hLiP4N5PaZ2PMLZ3LuM1cLkP2LZN8ZaL4mM1bZ7M2P9LnM4Z2LyM1cPhL3ZNbZaP6ZdLjM17LdPZN6"
+    "ZaL1iZrM2ZfN4PcS3LZ7L55M18PfZL2sN1sZjLcZ8L2ZL2Z8LZ2LMoZ6MZ2M2L4MLMP2Z3N9ZaL1yZ8L2M13Z7M2L7PLMZLrMLaM"
+    "14L7MP4M8ZL8MLbM1aPgL3PZ5LdZ21P7ZaL6uZ9LM11Z8ML8PZ5NaZtP3L2ZuM2ZmMZeL21Z7LZ2LM12Z6M3ZMZ2ML7MZN8ZaL6Z"
+    "6LZ2LMwZ5MZ2ML5ZN7ZaL8mMjP4Z2M7L2MLZdLMyZ7M3P5NdZaL2eZNfSlZtPdLZpmN2uZ33PZ5LbZ5gL218P2pZ2LdZtsMgLM6Z"
+    "fL33eZg7L6ntZftL7ZvNZaP4L2Z27NZaL6ZuM2P5ZLaM1cP7S5L4P4SZNaZaNZ7LZlL5ZjLj4N1sPnZ4L2tZ23M4LMZ1jM7L4ZdL"
+    "1sP2LMZMbZ2LeZ4qgL8ZyeL16Z9L6w7Z4LZ7LZ2LZ83LfZLtZ3L2ZLeZ4L8Zb0L1s4Z2zL5ZdL3Z9L7ZaS2MP2ZM3moZ1aM2ZnS9"
+    "Z38S1oZ6uSaZ13S2M1oS5M3Z6M8S8M2S7MuS4Z1pSlM1uS3ZN3eZkNcZkScZ2fN9ZpL3rZ2dLZ1zLZ2L2ZL2Z2L2Z4LZcLZLZ7LZ"
+    "1tLZ4L2Z8LZ7LZsLZ4LZ5LZL3Z7LZ9gL2SpLSpLSvLSpLSvLSpLSvLSpLSvLSpLZ8N2S1eMe8S1jM4S1eM8SMeSP2Z5MfZ5MZfLu"
+    "oZvL6Z6M5xZ7MZhM2Z7MZ2MZ5L5Z1qMxZL34Z19M3L7Z7N2ZaL4SZL8wMuZLhM18N4ZaS5ZLcwMsN4ZaLkmZ7LZ4LZ2LZfLZ5hN2"
+    "M9Z7L15M1wL7ZN4ZaP4Z2NltS1nNS3NZ4N24S19NZfL5eZ4LZrLZ2LZL2ZLZaLZ4LZLZL6ZL4ZLZLZLZ3LZ2LZL2ZLZLZLZLZLZ2"
+    "LZL2Z4LZ7LZ4LZ4LZLZaLZhL5Z3LZ5LZhS1gZ2S7iZ18S4Z2sScZfS2ZfSZfSZ11NaSdZ4hS1kZtSdZ18S4Z9S7Z2SeZ6S4aZrcS"
+    "4ZhS3ZdS3Z3bS4Z2nS6ZcS4ZSfZcS4Z1kS8ZaS6Z14S8ZuS2Z2S26Z9gScZeS2ZdS3Z9S7Z1aSZ7S8ZeS4Z9S7Z9S7Z43SZ1jN11"
+    "ZaLsmZwyoLwZ37eL6Z66L2Z4g2LeZ5rlLfZhaL1wiZf2L15uZ3t7L5Z38gMf9e8Z6o"
+)
+
+WHITESPACE = r"\x{9}-\x{d}\x{20}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}"
+
+TOKEN = re.compile(r"\\p\{([LMNPS])(?:-(.)(.))?\}|\\.|.", re.DOTALL)
+
+
+@functools.cache
+def categories() -> dict[str, list[tuple[int, int]]]:
+    """First and last code points of the runs of each category L, M, N, P, S."""
+    starts, position, letters = [], 0, []
+    for letter, distance in re.findall("([A-Z])([0-9a-z]*)", RUNS):
+        position += int(distance, 36) if distance else 1
+        starts.append(position)
+        letters.append(letter)
+    runs: dict[str, list[tuple[int, int]]] = {letter: [] for letter in "LMNPS"}
+    for letter, start, end in zip(letters, starts, [*starts[1:], 0x110000], strict=True):
+        if letter != "Z":
+            runs[letter].append((start, end - 1))
+    return runs
+
+
+@functools.cache
+def ranges(category: str, first: str = "", last: str = "") -> str:
+    """The inside of a character class: the code points of `category`, without the ASCII range first…last."""
+    parts = []
+    for low, high in categories()[category]:
+        pieces = [(low, high)]
+        if first and low <= ord(first) and ord(last) <= high:
+            pieces = [(low, ord(first) - 1), (ord(last) + 1, high)]
+        for a, b in pieces:
+            if a == b:
+                parts.append(f"\\x{{{a:x}}}")
+            elif a < b:
+                parts.append(f"\\x{{{a:x}}}-\\x{{{b:x}}}")
+    return "".join(parts)
+
+
+def expand(pattern: str) -> str:
+    r"""`pattern` with its classes written out, in brackets and outside.
+
+    Known are `\p{L}` (and M, N, P, S), `\p{L-az}` (L without a…z), `\s`, and `\S` (outside brackets only).
+    """
+    out, inside = [], False
+    for found in TOKEN.finditer(pattern):
+        text = found.group()
+        inner = None
+        if found.group(1):
+            inner = ranges(found.group(1), found.group(2) or "", found.group(3) or "")
+        elif text == r"\s":
+            inner = WHITESPACE
+        if inner is not None:
+            text = inner if inside else f"[{inner}]"
+        elif text == r"\S":
+            text = f"[^{WHITESPACE}]"
+        elif text == "[":
+            inside = True
+        elif text == "]":
+            inside = False
+        out.append(text)
+    return "".join(out)
