@@ -21,16 +21,16 @@ def bits(qs: np.ndarray, halves: int, shifts: tuple[int, ...], mask: int) -> np.
 
     Each of the `halves` runs of bytes gives all its fields at the first shift, then all at the second, …
     """
-    n = len(qs)
-    runs = qs.reshape(n, halves, 1, -1) >> np.array(shifts, np.uint8)[:, None]
-    return (runs & np.uint8(mask)).reshape(n, -1)
+    n, nbytes = qs.shape
+    runs = qs.reshape(n, halves, 1, nbytes // halves) >> np.array(shifts, np.uint8)[:, None]
+    return (runs & np.uint8(mask)).reshape(n, nbytes * len(shifts))
 
 
 def pack_bits(codes: np.ndarray, halves: int, shifts: tuple[int, ...]) -> np.ndarray:
     """The inverse of `bits`; the codes must fit in their fields."""
-    n = len(codes)
-    runs = codes.reshape(n, halves, len(shifts), -1) << np.array(shifts, np.uint8)[:, None]
-    return np.bitwise_or.reduce(runs, axis=2).reshape(n, -1)
+    n, nbytes = len(codes), codes.shape[1] // len(shifts)
+    runs = codes.reshape(n, halves, len(shifts), nbytes // halves) << np.array(shifts, np.uint8)[:, None]
+    return np.bitwise_or.reduce(runs, axis=2).reshape(n, nbytes)
 
 
 def unpack_scales_6(s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
