@@ -17,7 +17,8 @@ from typing import TypeVar, overload
 
 from .blocks import TensorType, UnknownType, by_id
 from .errors import FormatError, GgufkitError, UnsupportedError
-from .gguf_metadata import ArrayOfArrays, Cursor, Metadata, Slot, StringArray, ValueType, parse, quote
+from .gguf_metadata import ArrayOfArrays, Cursor, Metadata, Slot, ValueType, parse
+from .gguf_strings import StringArray, quote
 from .gguf_writer import DEFAULT_ALIGNMENT, Plan, Planned, Writer, check_target
 from .source import FileSource, looks_like
 from .tensor import Tensor

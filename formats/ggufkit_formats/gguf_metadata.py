@@ -7,13 +7,13 @@ bytes in the mapped file until a token is asked for.
 from __future__ import annotations
 
 import enum
-import struct
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, overload
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .errors import FormatError
+from .gguf_strings import StringArray, quote, walk
 
 MAX_NAME = 65535  # bytes of a key or a tensor name, from the specification
 MAX_DEPTH = 8  # arrays in arrays; the specification sets no limit, real files use 1
@@ -52,12 +52,6 @@ DTYPES = {
 }
 _KNOWN = {int(t): t for t in ValueType}
 _SMALLEST = {ValueType.STRING: 8, ValueType.ARRAY: 12} | {t: d.itemsize for t, d in DTYPES.items()}
-
-
-def quote(name: str | bytes) -> str:
-    """A name from a file as error messages show it: quoted, escaped, at most 80 characters."""
-    text = name.decode("utf-8", "backslashreplace") if isinstance(name, bytes) else name
-    return repr(text) if len(text) <= 80 else repr(text[:79] + "…")
 
 
 class Cursor:
@@ -185,106 +179,18 @@ def _check_bools(cursor: Cursor, start: int, count: int, what: str) -> None:
 
 
 def _strings_end(cursor: Cursor, count: int, what: str) -> int:
-    """Where `count` strings end. A bare loop, 0.2 µs a string: the checks are made when it has fallen off the end."""
-    unpack, data, pos = struct.Struct(cursor.order + "Q").unpack_from, cursor.data, cursor.pos
-    try:
-        for _ in range(count):
-            pos += 8 + unpack(data, pos)[0]
-        if pos <= cursor.end:
-            return pos
-    except (struct.error, OverflowError):
-        pass
-    for i in range(count):  # the same walk, slowly, to say which string it was
-        length = cursor.uint(8, f"the length of string {i} of {what}")
-        cursor.need(length, f"string {i} of {what}")
-        cursor.pos += length
-    raise AssertionError("the walk did not end outside the file")
+    """Where `count` strings end."""
+    end = walk(cursor.data, cursor.pos, count, cursor.order)
+    if end is None:  # the same again, slowly, to say which string it was
+        for i in range(count):
+            length = cursor.uint(8, f"the length of string {i} of {what}")
+            cursor.need(length, f"string {i} of {what}")
+            cursor.pos += length
+    assert end is not None
+    return end
 
 
 # -- values ----------------------------------------------------------------------------------------
-
-
-class StringArray(Sequence[str]):
-    """An ARRAY of STRING, still in the file's bytes. Items are decoded when asked for; equal to a list of the same.
-
-    Raises FormatError for an item that is not UTF-8; `raw(i)` and `raw_items()` give the bytes.
-    """
-
-    __hash__ = None  # type: ignore[assignment]  # compares by content
-
-    def __init__(self, data: memoryview, start: int, end: int, count: int, order: str = "<", what: str = "strings"):
-        self._data, self._start, self._end, self._count = data, start, end, count
-        self._order, self._what = order, what
-        self._offsets: np.ndarray | None = None  # (count,) int64, where each item's length stands
-
-    @classmethod
-    def of(cls, items: Sequence[str | bytes]) -> StringArray:
-        """A StringArray that holds these strings: an empty one keeps its type when it is written."""
-        raw = [item.encode() if isinstance(item, str) else item for item in items]
-        data = b"".join(len(item).to_bytes(8, "little") + item for item in raw)
-        return cls(memoryview(data), 0, len(data), len(raw))
-
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self._decode(self.raw(i), i) for i in range(*index.indices(self._count))]
-        return self._decode(self.raw(index), index)
-
-    def __iter__(self) -> Iterator[str]:
-        return (self._decode(raw, i) for i, raw in enumerate(self.raw_items()))
-
-    def __eq__(self, other: object) -> bool:
-        if isinstance(other, StringArray):
-            return len(self) == len(other) and all(
-                a == b for a, b in zip(self.raw_items(), other.raw_items(), strict=True)
-            )
-        if isinstance(other, list | tuple):
-            return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
-        return NotImplemented
-
-    def __repr__(self) -> str:
-        return f"StringArray({self._count} strings)"
-
-    def raw(self, index: int) -> bytes:
-        """The bytes of one item."""
-        i = range(self._count)[index]
-        if self._offsets is None:
-            self._offsets = np.fromiter(self._walk(), np.int64, self._count)
-        start = int(self._offsets[i]) + 8
-        stop = int(self._offsets[i + 1]) if i + 1 < self._count else self._end
-        return bytes(self._data[start:stop])
-
-    def raw_items(self) -> Iterator[bytes]:
-        """The bytes of each item in turn, without an index being built."""
-        unpack, data, pos = struct.Struct(self._order + "Q").unpack_from, self._data, self._start
-        for _ in range(self._count):
-            start = pos + 8
-            pos = start + unpack(data, pos)[0]
-            yield bytes(data[start:pos])
-
-    def encoded(self) -> bytes:
-        """The items as a little-endian file holds them: length, bytes, length, bytes …"""
-        if self._order == "<":
-            return bytes(self._data[self._start : self._end])
-        return b"".join(len(item).to_bytes(8, "little") + item for item in self.raw_items())
-
-    def _walk(self) -> Iterator[int]:
-        unpack, data, pos = struct.Struct(self._order + "Q").unpack_from, self._data, self._start
-        for _ in range(self._count):
-            yield pos
-            pos += 8 + unpack(data, pos)[0]
-
-    def _decode(self, raw: bytes, index: int) -> str:
-        try:
-            return raw.decode("utf-8")
-        except UnicodeDecodeError:
-            raise FormatError(f"string {index} of {self._what} is not UTF-8: {quote(raw)}") from None
 
 
 class ArrayOfArrays(list):

@@ -20,7 +20,8 @@ import numpy as np
 
 from .blocks import TensorType, find
 from .errors import GgufkitError, UsageError
-from .gguf_metadata import DTYPES, MAX_NAME, ArrayOfArrays, StringArray, ValueType, quote
+from .gguf_metadata import DTYPES, MAX_NAME, ArrayOfArrays, ValueType
+from .gguf_strings import StringArray, quote
 from .source import reason
 from .tensor import Tensor
 

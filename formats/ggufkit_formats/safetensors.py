@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from .blocks import TensorType, UnknownType, find
 from .errors import FormatError, GgufkitError
-from .gguf_metadata import quote
+from .gguf_strings import quote
 from .source import FileSource, looks_like, reason
 from .tensor import Tensor
 

@@ -61,7 +61,7 @@ class Tensor:
         flat = self._little_endian(self.source.view(self.offset, self.nbytes))
         if self.type.id < 0 or self.nbytes != self.rows * self._known_row_nbytes():
             return flat
-        return flat.reshape(*self.shape[:-1], -1)
+        return flat.reshape(*self.shape[:-1], self.row_nbytes)
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """Rows start…stop of the flattened (rows, cols) tensor, uint8 (stop - start, bytes per row), copied."""

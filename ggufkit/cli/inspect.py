@@ -185,7 +185,7 @@ def _text(value: Any, room: float, whole: bool = False) -> str:
         if len(value) <= room:
             return _cut(_line(value), room)
         note = f" ({len(value)} characters)" if room > 40 else ""
-        return _cut(_line(value[: int(room)]), room - len(note)) + note
+        return _cut(_line(value[: int(room) + 1]), room - len(note)) + note
     if not hasattr(value, "__len__"):
         return str(value).lower() if value.dtype == bool else str(value)
     n = len(value) if whole else min(len(value), HEAD)
