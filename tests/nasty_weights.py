@@ -1,0 +1,53 @@
+"""Rows of 256 weights that are hard to quantize the same way twice: ties, zeros of both signs, denormals, outliers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+COLS = 256
+
+
+def finite_rows(seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, float32 (rows, 256)) with scales that every block type can hold."""
+    rng = np.random.default_rng(seed)
+
+    def normal(rows: int) -> np.ndarray:
+        return rng.standard_normal((rows, COLS)).astype(np.float32)
+
+    yield "normal", normal(600)
+    yield "weights", normal(300) * 0.02
+    yield "heavy tails", np.clip(rng.standard_t(2, (300, COLS)), -1000, 1000)
+    yield "positive", np.abs(normal(100))
+    yield "negative", -np.abs(normal(100))
+    yield "zeros", np.zeros((2, COLS))
+    yield "negative zeros", -np.zeros((2, COLS))
+    signed = np.where(rng.random((100, COLS)) < 0.5, -0.0, 0.0)
+    yield "zeros of both signs", signed
+    low = np.where(rng.random((100, COLS)) < 0.4, signed, np.abs(normal(100)))
+    yield "zero as the minimum", low
+    yield "zero as the maximum", -low
+    constants = [1, -1, 0.3, -2.7, 2000, 1e-4, 1e-15, 9.99e-16, 1e-20, -1e-30, 3e-39, 1e-44, 1e-45]
+    yield "constants", np.repeat(np.array(constants)[:, None], COLS, axis=1)
+    yield "ties of quarters", rng.integers(-32, 32, (300, COLS)) / 4
+    yield "ties of halves", rng.integers(-255, 256, (300, COLS)) / 2
+    yield "few values", np.round(normal(200) * 3)
+    yield "sparse", normal(200) * (rng.random((200, COLS)) < 0.02)
+    outlier = normal(200) * 0.01
+    outlier[np.arange(200), rng.integers(0, COLS, 200)] = 1000
+    yield "one huge outlier", outlier
+    yield "every magnitude", normal(200) * 10.0 ** rng.integers(-42, 3, (200, COLS))
+    groups = np.repeat(10.0 ** rng.integers(-42, 3, (200, COLS // 16)), 16, axis=1)
+    yield "every magnitude a group", normal(200) * groups
+    steps = 10.0 ** np.arange(-46.0, 4.0)
+    yield "from denormal to large", normal(4 * len(steps)) * np.repeat(steps, 4)[:, None]
+    bits = rng.integers(0, 2**32, (300, COLS), dtype=np.uint32).view(np.float32)
+    yield "random bits", np.where(np.isfinite(bits) & (np.abs(bits) < 1000), bits, np.float32(0))
+
+
+def large_rows(seed: int = 1) -> Iterator[np.ndarray]:
+    """float32 (1, 256) around the magnitudes at which the types' scales leave float16."""
+    rng = np.random.default_rng(seed)
+    for exponent in np.arange(4.0, 38.0, 0.1):
+        yield (rng.uniform(-1, 1, (1, COLS)) * 10.0**exponent).astype(np.float32)

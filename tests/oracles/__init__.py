@@ -1,0 +1,1 @@
+"""Programs of others that say what is right."""

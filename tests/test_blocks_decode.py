@@ -1,0 +1,106 @@
+"""Decoding: equal bit for bit to ggml, to plain loops over the published layout, and to the `gguf` package."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+from ggufkit_formats.blocks import TYPES, by_id, find
+from ggufkit_formats.errors import FormatError
+from naive import DECODERS
+from oracles.ggml import Ggml
+
+BLOCKS = [t for t in TYPES.values() if t.name in DECODERS]
+# Sizes as ggml-common.h asserts them.
+NBYTES = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "Q8_1": 36}
+NBYTES |= {"Q2_K": 84, "Q3_K": 110, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210, "Q8_K": 292}
+# ggml decodes no Q8_1 and gguf neither that nor Q8_K: the plain loops cover them.
+BY_GGML = [t for t in BLOCKS if t != "Q8_1"]
+BY_GGUF = [t for t in BLOCKS if t not in ("Q8_1", "Q8_K")]
+
+
+def ggml_name(name: str) -> str:
+    return "q" + name[1:]
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal as bit patterns, except that any NaN equals any NaN."""
+    return bool(np.all((a.view(np.uint32) == b.view(np.uint32)) | (np.isnan(a) & np.isnan(b))))
+
+
+def random_blocks(t, n: int, seed: int = 0) -> np.ndarray:
+    """All bit patterns, with scales that are NaN, infinite, zero or denormal in some blocks."""
+    rng = np.random.default_rng(seed)
+    raw = rng.integers(0, 256, (n, t.block_nbytes), dtype=np.uint8)
+    blocks = raw.view(t.fields)[:, 0]
+    special = np.array(
+        [0, 0x8000, 1, 0x8001, 0x3FF, 0x400, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00, 0x7C01, 0xFE00], "<u2"
+    )
+    for name, (dtype, *_) in t.fields.fields.items():
+        if dtype == np.float16:
+            blocks[name][: n // 4] = rng.choice(special, n // 4).view("<f2")
+    return raw
+
+
+@pytest.fixture(scope="module")
+def ggml():
+    oracle = Ggml()
+    yield oracle
+    oracle.close()
+
+
+def test_sizes_ids_and_diagrams():
+    assert set(NBYTES) == set(DECODERS)
+    for name, nbytes in NBYTES.items():
+        t = find(name)
+        assert t.block_nbytes == nbytes
+        assert by_id(t.id) is t
+        assert t.is_quantized
+        assert gguf.GGMLQuantizationType[name].value == t.id
+        assert t.__class__.__doc__ and "w = " in t.__class__.__doc__
+
+
+@pytest.mark.parametrize("t", BY_GGML, ids=str)
+def test_random_bytes_decode_as_ggml_does(t, ggml):
+    raw = random_blocks(t, 4000)
+    assert same_bits(t.decode(raw), ggml.dequantize(ggml_name(t.name), raw, t.block))
+
+
+@pytest.mark.parametrize("t", BLOCKS, ids=str)
+def test_random_bytes_decode_as_plain_loops_do(t):
+    raw = random_blocks(t, 60, seed=1)
+    with np.errstate(all="ignore"):
+        naive = np.array([DECODERS[t.name](block.tobytes()) for block in raw], np.float32)
+    assert same_bits(t.decode(raw), naive)
+
+
+@pytest.mark.parametrize("t", BY_GGUF, ids=str)
+def test_random_bytes_decode_as_the_gguf_package_does(t):
+    raw = random_blocks(t, 500, seed=2)
+    with np.errstate(all="ignore"):
+        theirs = gguf.dequantize(raw, gguf.GGMLQuantizationType(t.id))
+    np.testing.assert_array_equal(t.decode(raw), theirs)
+
+
+@pytest.mark.parametrize("t", BLOCKS, ids=str)
+def test_quants_take_blocks_apart_without_rounding(t):
+    q = t.quants(random_blocks(t, 200).view(t.fields)[:, 0])
+    groups = t.block // q.group
+    assert q.codes.dtype == np.uint8 and q.codes.shape == (200, t.block)
+    assert q.codes.max() < 2**q.bits
+    assert q.d.shape == (200,) and q.d.dtype == np.float32
+    if t.name != "Q8_K":
+        with np.errstate(invalid="ignore"):
+            assert same_bits(q.d.astype(np.float16).astype(np.float32), q.d)
+    for part in (q.scale, q.minimum):
+        assert part is None or (part.shape == (200, groups) and part.dtype in (np.uint8, np.int8))
+
+
+@pytest.mark.parametrize("t", BLOCKS, ids=str)
+def test_shapes(t):
+    raw = np.zeros((2, 3, 2 * t.block_nbytes), np.uint8)
+    assert t.decode(raw).shape == (2, 3, 2 * t.block)
+    assert t.decode(raw[0, 0]).shape == (2 * t.block,)
+    assert t.decode(raw[:0]).shape == (0, 3, 2 * t.block)
+    with pytest.raises(FormatError, match=f"{t.name} rows are multiples of {t.block_nbytes} bytes"):
+        t.decode(raw[..., :-1])

@@ -1,0 +1,114 @@
+"""Encoding in NumPy: the bytes of ggml, and its refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from ggufkit_formats import gguf
+from ggufkit_formats.blocks import TYPES, find
+from ggufkit_formats.errors import FormatError, UnsupportedError
+from nasty_weights import COLS, finite_rows, large_rows
+from oracles.ggml import Ggml
+
+NAMES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q8_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K"]
+ROWS = {name: rows.astype(np.float32) for name, rows in finite_rows()}
+ALL_ROWS = np.concatenate(list(ROWS.values()))
+
+
+@pytest.fixture(scope="module")
+def ggml():
+    oracle = Ggml()
+    yield oracle
+    oracle.close()
+
+
+def by_ggml(ggml: Ggml, t, x: np.ndarray) -> np.ndarray:
+    if t in ("Q8_1", "Q8_K"):  # activations: ggml_quantize_chunk does not know them
+        return ggml.quantize_row("q" + t.name[1:], x, t.row_nbytes(x.shape[-1]))
+    return ggml.quantize(t.id, x)
+
+
+def assert_same_bytes(ours: np.ndarray, theirs: np.ndarray, what: str) -> None:
+    rows = np.flatnonzero((ours != theirs).any(axis=1))
+    if len(rows):
+        at = np.flatnonzero(ours[rows[0]] != theirs[rows[0]])
+        pytest.fail(f"{what}: {len(rows)} of {len(ours)} rows differ, the first at {rows[0]} in bytes {at[:10]}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bytes_of_ggml(name, ggml):
+    t = find(name)
+    theirs = by_ggml(ggml, t, ALL_ROWS)
+    ours = t.encode(ALL_ROWS)
+    start = 0
+    for what, rows in ROWS.items():
+        assert_same_bytes(ours[start : start + len(rows)], theirs[start : start + len(rows)], f"{name}, {what}")
+        start += len(rows)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bytes_of_ggml_on_real_weights(name, ggml, default_model_path):
+    t = find(name)
+    with gguf.open(default_model_path) as f:
+        for tensor in ("blk.0.attn_q.weight", "blk.7.ffn_down.weight", "blk.29.attn_v.weight"):
+            x = f.tensors[tensor].dequantize().reshape(-1)[: 400 * COLS].reshape(-1, COLS)
+            assert_same_bytes(t.encode(x), by_ggml(ggml, t, x), f"{name}, {tensor}")
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "Q8_1"])
+def test_refuses_what_ggml_would_not_load(name, ggml):
+    """ggml writes infinite scales and refuses them when it validates a file; we refuse to write them.
+
+    From about 1e12 its searches for Q3_K and Q6_K overflow to NaN, and it writes zeros for such a block: refused too.
+    """
+    t = find(name)
+    refused = 0
+    for x in large_rows():
+        theirs = by_ggml(ggml, t, x)
+        largest = np.abs(x).max()
+        if ggml.validate(t.id, theirs) and (largest < 1e10 or name == "Q8_K"):
+            assert_same_bytes(t.encode(x), theirs, f"{name} at {largest:g}")
+        else:
+            refused += 1
+            with pytest.raises(FormatError, match=f"weights are too large for {name}: scale not finite in float"):
+                t.encode(x)
+    assert (refused == 0) if name == "Q8_K" else (200 < refused < 330)
+
+
+def test_q8_1_refuses_large_weights():
+    with pytest.raises(FormatError, match="scale not finite"):
+        find("Q8_1").encode(np.full((1, 32), 3e5, np.float32))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", NAMES)
+def test_refuses_weights_that_are_not_finite(name, bad):
+    x = np.zeros((2, COLS), np.float32)
+    x[1, 77] = bad
+    with pytest.raises(FormatError, match=f"NaN or infinite weights cannot be quantized to {name}"):
+        find(name).encode(x)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_and_wrong_arguments(name):
+    t = find(name)
+    x = ROWS["normal"][:6]
+    flat = t.encode(x)
+    assert flat.dtype == np.uint8 and flat.shape == (6, t.row_nbytes(COLS))
+    np.testing.assert_array_equal(t.encode(x.reshape(2, 3, COLS)), flat.reshape(2, 3, -1))
+    np.testing.assert_array_equal(t.encode(x.astype(np.float64)), flat)
+    np.testing.assert_array_equal(t.encode(x[0]), flat[0])
+    assert t.encode(x[:0]).shape == (0, t.row_nbytes(COLS))
+    with pytest.raises(FormatError, match=f"{name} needs rows divisible by {t.block}"):
+        t.encode(x[:, :-1])
+    with pytest.raises(UnsupportedError, match="importance"):
+        t.encode(x, importance=np.ones(COLS, np.float32))
+
+
+def test_encoding_what_was_decoded_keeps_the_error_small():
+    x = ROWS["normal"]
+    most = {"Q2_K": 0.35, "Q3_K": 0.2, "Q4_0": 0.12, "Q4_K": 0.09, "Q5_0": 0.06, "Q5_K": 0.05, "Q6_K": 0.03}
+    for name in NAMES:
+        t = TYPES[name]
+        error = np.sqrt(np.mean((t.decode(t.encode(x)) - x) ** 2))
+        assert error < most.get(name, 0.11 if "4" in name else 0.06), (name, error)
