@@ -72,7 +72,7 @@ def test_refuses_what_ggml_would_not_load(name, ggml):
             refused += 1
             with pytest.raises(FormatError, match=f"weights are too large for {name}: scale not finite in float"):
                 t.encode(x)
-    assert (refused == 0) if name == "Q8_K" else (200 < refused < 330)
+    assert (refused == 0) if name == "Q8_K" else (200 < refused < 340)
 
 
 def test_q8_1_refuses_large_weights():

@@ -100,6 +100,11 @@ def ranged(
     return np.where(flat, F32(0), scale), -minimum, np.where(flat, F32(0), best_codes).astype(np.int32)
 
 
+def quotient(lx: np.ndarray, l2: np.ndarray) -> np.ndarray:
+    """lx / l2, 0 where l2 is 0, NaN where it overflowed: ggml would go on and write zeros in place of huge weights."""
+    return np.where(l2 > 0, np.where(np.isinf(l2), F32(np.nan), lx / l2), F32(0))
+
+
 def signed(x: np.ndarray, n_max: int) -> tuple[np.ndarray, np.ndarray]:
     """Scale for codes -n_max…n_max - 1 that minimises sum x² (s q - x)², over 19 scales near -n_max / largest.
 
@@ -115,7 +120,7 @@ def signed(x: np.ndarray, n_max: int) -> tuple[np.ndarray, np.ndarray]:
         return codes, total(w * x * l), total(w * l * l)
 
     best_codes, lx, l2 = tried(F32(-n_max) / at)
-    scale = np.where(l2 != 0, lx / l2, F32(0))
+    scale = quotient(lx, l2)
     best = scale * lx
     for step in range(-9, 10):
         if step == 0:
@@ -149,7 +154,7 @@ def coordinate(x: np.ndarray, n_max: int) -> tuple[np.ndarray, np.ndarray]:
             changed = changed or bool(better.any())
         if not changed:
             break
-    scale = np.where(l2 > 0, lx / l2, F32(0))
+    scale = quotient(lx, l2)
     return np.where(zero, F32(0), scale), np.where(zero, 0, codes.astype(np.int32) + n_max)
 
 
