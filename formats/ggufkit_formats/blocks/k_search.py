@@ -102,7 +102,7 @@ def ranged(
 
 def quotient(lx: np.ndarray, l2: np.ndarray) -> np.ndarray:
     """lx / l2, 0 where l2 is 0, NaN where it overflowed: ggml would go on and write zeros in place of huge weights."""
-    return np.where(l2 > 0, np.where(np.isinf(l2), F32(np.nan), lx / l2), F32(0))
+    return np.where(np.isfinite(l2), np.where(l2 > 0, lx / l2, F32(0)), F32(np.nan))
 
 
 def signed(x: np.ndarray, n_max: int) -> tuple[np.ndarray, np.ndarray]:
