@@ -63,6 +63,8 @@ def load(
     for spec in specs:
         tensor = tensors.get(spec.gguf)
         place, attribute = _place(weights, spec.gguf)
+        if not hasattr(place, f"{attribute}_bias"):
+            setattr(place, f"{attribute}_bias", None)  # until its own row in the table comes, or for good
         if tensor is None:
             setattr(place, attribute, None)
             continue

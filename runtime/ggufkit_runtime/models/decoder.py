@@ -54,6 +54,7 @@ class Config:
     interleaved: bool = False  # dimensions 2i and 2i+1 rotate together (llama), else i and i + head_dim/2
     qk_norm: bool = False  # RMS norm of every head of q and k before rotating (qwen3)
     qkv_bias: bool | None = None  # True: q, k, v have biases; None: they may have
+    other_bias: bool | None = None  # likewise the attention's output and the feed-forward
     notes: tuple[str, ...] = ()  # what convert should tell the user
 
     # -- reading ---------------------------------------------------------------------------------
@@ -177,10 +178,10 @@ def tensors(config: Config) -> list[TensorSpec]:
         ("attn_q", "self_attn.q_proj", n_q, c.dim, c.qkv_bias, q_pairs),
         ("attn_k", "self_attn.k_proj", n_kv, c.dim, c.qkv_bias, k_pairs),
         ("attn_v", "self_attn.v_proj", n_kv, c.dim, c.qkv_bias, 0),
-        ("attn_output", "self_attn.o_proj", c.dim, n_q, None, 0),
-        ("ffn_gate", "mlp.gate_proj", c.n_ffn, c.dim, None, 0),
-        ("ffn_up", "mlp.up_proj", c.n_ffn, c.dim, None, 0),
-        ("ffn_down", "mlp.down_proj", c.dim, c.n_ffn, None, 0),
+        ("attn_output", "self_attn.o_proj", c.dim, n_q, c.other_bias, 0),
+        ("ffn_gate", "mlp.gate_proj", c.n_ffn, c.dim, c.other_bias, 0),
+        ("ffn_up", "mlp.up_proj", c.n_ffn, c.dim, c.other_bias, 0),
+        ("ffn_down", "mlp.down_proj", c.dim, c.n_ffn, c.other_bias, 0),
     )
     norms = [("attn_norm", "input_layernorm", c.dim), ("ffn_norm", "post_attention_layernorm", c.dim)]
     if c.qk_norm:

@@ -12,7 +12,7 @@ __all__ = ["ARCH", "HF_CLASSES", "config_from_hf", "config_from_metadata", "forw
 ARCH = "qwen2"
 HF_CLASSES = ("Qwen2ForCausalLM",)
 
-_FEATURES: dict[str, Any] = {"qkv_bias": True}
+_FEATURES: dict[str, Any] = {"qkv_bias": True, "other_bias": False}
 
 
 def config_from_metadata(metadata: Mapping[str, Any]) -> Config:
