@@ -1,0 +1,214 @@
+"""Kernels that touch each value once: rmsnorm, rope, swiglu, add, embed. An item is some rows, or some values.
+
+Args are int64 words, by index, listed in each kernel's docstring. float32 throughout.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .jit import kernel
+from .matmul import CODES, DMIN, MINIMUM, OFFSET, SCALE, STRIP_NBYTES, WEIGHT_WORDS, D
+from .simd import (
+    LANES,
+    QUAD,
+    add_f32,
+    div_f32,
+    exp_f32,
+    first_f32,
+    fma_f32,
+    get_f32,
+    get_i8,
+    get_i64,
+    get_number,
+    get_u8,
+    load_f32,
+    mul_f32,
+    neg_f32,
+    put_f32,
+    splat_f32,
+    store_f32,
+    sum_f32,
+)
+from .team import lazy
+
+
+@lazy
+def rmsnorm(args, item, worker):
+    """out = x / sqrt(mean(x²) + eps) * weight. Words: x, weight, out, rows, dim, eps (float bits), rows an item."""
+    weight, dim = get_i64(args + 8), get_i64(args + 32)
+    eps, per_item = get_f32(args + 40), get_i64(args + 48)
+    whole = dim // 8 * 8
+    for row in range(item * per_item, min((item + 1) * per_item, get_i64(args + 24))):
+        x, out = get_i64(args) + row * dim * 4, get_i64(args + 16) + row * dim * 4
+        acc0, acc1 = splat_f32(0.0), splat_f32(0.0)
+        for i in range(0, whole - 8, 16):
+            v0, v1 = load_f32(x + 4 * i), load_f32(x + 4 * i + 32)
+            acc0, acc1 = fma_f32(v0, v0, acc0), fma_f32(v1, v1, acc1)
+        if whole % 16:
+            v0 = load_f32(x + 4 * (whole - 8))
+            acc0 = fma_f32(v0, v0, acc0)
+        total = sum_f32(add_f32(acc0, acc1))
+        for i in range(whole, dim):
+            total += get_f32(x + 4 * i) * get_f32(x + 4 * i)
+        # The mean and its root in double: two operations a row
+        factor = splat_f32(1.0 / (total / dim + eps) ** 0.5)
+        for i in range(0, whole, 8):
+            store_f32(out + 4 * i, mul_f32(mul_f32(load_f32(x + 4 * i), factor), load_f32(weight + 4 * i)))
+        for i in range(whole, dim):
+            put_f32(out + 4 * i, get_f32(x + 4 * i) * first_f32(factor) * get_f32(weight + 4 * i))
+
+
+@lazy
+def rope(args, item, worker):
+    """Rotate pairs in place. Words: x, cos, sin, n, heads, head_dim, pairs, interleaved, tokens an item."""
+    heads, head_dim, pairs = get_i64(args + 32), get_i64(args + 40), get_i64(args + 48)
+    interleaved, per_item = get_i64(args + 56), get_i64(args + 64)
+    for t in range(item * per_item, min((item + 1) * per_item, get_i64(args + 24))):
+        cos, sin = get_i64(args + 8) + 4 * t * pairs, get_i64(args + 16) + 4 * t * pairs
+        for head in range(heads):
+            x = get_i64(args) + 4 * (t * heads + head) * head_dim
+            if interleaved:
+                for i in range(pairs):
+                    a, b = get_f32(x + 8 * i), get_f32(x + 8 * i + 4)
+                    c, s = get_f32(cos + 4 * i), get_f32(sin + 4 * i)
+                    put_f32(x + 8 * i, a * c - b * s)
+                    put_f32(x + 8 * i + 4, a * s + b * c)
+            else:
+                y = x + 4 * pairs
+                whole = pairs // 8 * 8
+                for i in range(0, whole, 8):
+                    va, vb = load_f32(x + 4 * i), load_f32(y + 4 * i)
+                    vc, vs = load_f32(cos + 4 * i), load_f32(sin + 4 * i)
+                    store_f32(x + 4 * i, fma_f32(va, vc, neg_f32(mul_f32(vb, vs))))
+                    store_f32(y + 4 * i, fma_f32(va, vs, mul_f32(vb, vc)))
+                for i in range(whole, pairs):
+                    a, b = get_f32(x + 4 * i), get_f32(y + 4 * i)
+                    c, s = get_f32(cos + 4 * i), get_f32(sin + 4 * i)
+                    put_f32(x + 4 * i, a * c - b * s)
+                    put_f32(y + 4 * i, a * s + b * c)
+
+
+@lazy
+def swiglu(args, item, worker):
+    """out = x / (1 + exp(-x)) * y. Words: x, y, out, values, values an item (a multiple of 8)."""
+    first = item * get_i64(args + 32)
+    last = min(first + get_i64(args + 32), get_i64(args + 24))
+    x, y, out = get_i64(args), get_i64(args + 8), get_i64(args + 16)
+    one = splat_f32(1.0)
+    whole = first + (last - first) // 8 * 8
+    for i in range(4 * first, 4 * whole, 32):
+        v = load_f32(x + i)
+        store_f32(out + i, mul_f32(div_f32(v, add_f32(one, exp_f32(neg_f32(v)))), load_f32(y + i)))
+    for i in range(4 * whole, 4 * last, 4):
+        v = splat_f32(get_f32(x + i))
+        put_f32(out + i, first_f32(div_f32(v, add_f32(one, exp_f32(neg_f32(v))))) * get_f32(y + i))
+
+
+@lazy
+def add(args, item, worker):
+    """out = x + y. Words as in `swiglu`."""
+    first = item * get_i64(args + 32)
+    last = min(first + get_i64(args + 32), get_i64(args + 24))
+    x, y, out = get_i64(args), get_i64(args + 8), get_i64(args + 16)
+    whole = first + (last - first) // 8 * 8
+    for i in range(4 * first, 4 * whole, 32):
+        store_f32(out + i, add_f32(load_f32(x + i), load_f32(y + i)))
+    for i in range(4 * whole, 4 * last, 4):
+        put_f32(out + i, get_f32(x + i) + get_f32(y + i))
+
+
+# `embed` has the weight's words first (matmul.WEIGHT_WORDS), then these.
+EMBED_WORDS = [
+    "ids",
+    "n",
+    "out",
+    "cols",
+    "padded",
+    "block",
+    "group",
+    "bits",
+    "scaled",
+    "minimum",
+    "levels",
+    "number",
+    "per_item",
+]
+(IDS, N, OUT, COLS, PADDED, BLOCK, GROUP, BITS, SCALED, MINIMA, LEVELS, NUMBER, PER_ITEM) = (
+    8 * (len(WEIGHT_WORDS) + k) for k in range(len(EMBED_WORDS))
+)
+
+
+@lazy
+def embed_plain(args, item, worker):
+    """Rows of plain numbers, as float32."""
+    cols, padded, number = get_i64(args + COLS), get_i64(args + PADDED), get_i64(args + NUMBER)
+    for t in range(item * get_i64(args + PER_ITEM), min((item + 1) * get_i64(args + PER_ITEM), get_i64(args + N))):
+        row = get_i64(get_i64(args + IDS) + 8 * t)
+        out = get_i64(args + OUT) + 4 * t * cols
+        first = row // LANES * padded * LANES + row % LANES
+        for i in range(cols):
+            at = first + i * LANES
+            if number == 0:
+                put_f32(out + 4 * i, get_number(get_i64(args + CODES) + 4 * at, 0))
+            elif number == 1:
+                put_f32(out + 4 * i, get_number(get_i64(args + CODES) + 2 * at, 1))
+            else:
+                put_f32(out + 4 * i, get_number(get_i64(args + CODES) + 2 * at, 2))
+
+
+@kernel
+def number_at(base, index, number):
+    """One d or dmin."""
+    if number == 0:
+        return get_number(base + 4 * index, 0)
+    return get_number(base + 2 * index, 1)
+
+
+@kernel
+def code_at(base, q, bits):
+    """The code at quad q whose byte is at `base` in its vector: see pack.py."""
+    if bits == 8:
+        return get_i8(base + q * QUAD) + 128
+    code, first, low = 0, 0, 0
+    for width in (4, 2, 1):
+        if bits & width:
+            byte = get_u8(base + (first + q % width) * QUAD)
+            code |= (byte >> (width * (q // width)) & ((1 << width) - 1)) << low
+            first, low = first + width, low + width
+    return code
+
+
+@lazy
+def embed_codes(args, item, worker):
+    """Rows of codes of any layout, decoded by the formula of `Quants`, in its order: bit for bit."""
+    cols, bits, number = get_i64(args + COLS), get_i64(args + BITS), get_i64(args + NUMBER)
+    block, group, offset = get_i64(args + BLOCK), get_i64(args + GROUP), get_i64(args + OFFSET)
+    blocks, groups = get_i64(args + PADDED) // block, get_i64(args + PADDED) // group
+    scaled, minima, levels = get_i64(args + SCALED), get_i64(args + MINIMA), get_i64(args + LEVELS)
+    for t in range(item * get_i64(args + PER_ITEM), min((item + 1) * get_i64(args + PER_ITEM), get_i64(args + N))):
+        row = get_i64(get_i64(args + IDS) + 8 * t)
+        strip, lane = row // LANES, row % LANES
+        out = get_i64(args + OUT) + 4 * t * cols
+        codes = get_i64(args + CODES) + strip * get_i64(args + STRIP_NBYTES) + 4 * lane
+        for g in range(cols // group):
+            at_d = (strip * blocks + g * group // block) * LANES + lane
+            at_g = (strip * groups + g) * LANES + lane
+            d, low = number_at(get_i64(args + D), at_d, number), np.float32(0.0)
+            if scaled == 1:
+                d = d * np.float32(get_i8(get_i64(args + SCALE) + at_g))
+            elif scaled == 2:
+                d = d * np.float32(get_u8(get_i64(args + SCALE) + at_g))
+            if minima:
+                low = number_at(get_i64(args + DMIN), at_d, number)
+                if minima == 2:
+                    low = low * np.float32(get_u8(get_i64(args + MINIMUM) + at_g))
+            for i in range(g * group, (g + 1) * group):
+                code = code_at(codes + i // 32 * bits * QUAD + i % 4, i % 32 // 4, bits)
+                x = np.float32(code - offset)
+                if levels:
+                    x = get_f32(levels + 4 * code)
+                w = d * x
+                if minima:
+                    w = w - low
+                put_f32(out + 4 * i, w)

@@ -1,0 +1,314 @@
+"""The backend for the CPU: checks and allocates in Python, computes in Numba kernels, shares work among a team.
+
+`CpuOps(threads)` is an `Ops`. Arrays are NumPy float32. Several Python threads may use one CpuOps, or several; the
+kernels of one team take turns.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from ggufkit_formats.errors import UsageError
+from ggufkit_formats.tensor import Tensor
+
+from . import attention, elementwise
+from .matmul import (
+    NUMBERS,
+    PLAIN_TOKENS,
+    SCALES,
+    TOKENS,
+    matmul_kernel,
+    prep_kernel,
+    weight_words,
+)
+from .pack import Packed, pack
+from .simd import LANES
+from .team import default_threads, team
+
+__all__ = ["CpuCache", "CpuOps", "CpuWeight", "default_threads"]
+
+TOKEN_BLOCK_NBYTES = 128 << 10  # int8 inputs that an item goes over again and again: they stay in the L2 cache
+ITEM_VALUES = 16384  # values that elementwise kernels take at a time
+FIRST_POSITIONS = 256  # of a new cache
+
+
+def float_bits(x: float) -> int:
+    """The bits of a float32 as an integer."""
+    return struct.unpack("<i", struct.pack("<f", x))[0]
+
+
+def address(x: np.ndarray) -> int:
+    return x.ctypes.data
+
+
+class CpuWeight:
+    """A packed matrix with its kernels, which are compiled when first needed."""
+
+    def __init__(self, packed: Packed):
+        self.packed = packed
+        self.shape = packed.shape
+        self.nbytes = packed.nbytes
+        self.words = weight_words(packed)
+        self.tile = PLAIN_TOKENS if packed.layout.is_plain else TOKENS
+        self._kernels: dict[int, int] = {}
+        self._prep = 0
+        layout = packed.layout
+        self.span = layout.span if layout.values == "codes" and layout.offset else 0
+        self.unit = layout.unit if layout.minimum else 0
+
+    def kernel(self, tokens: int) -> int:
+        """The address of the kernel for tiles of `tokens`."""
+        if tokens not in self._kernels:
+            self._kernels[tokens] = matmul_kernel(self.packed.layout, tokens)
+        return self._kernels[tokens]
+
+    @property
+    def prep(self) -> int:
+        """The address of the kernel that quantizes the inputs."""
+        if not self._prep:
+            self._prep = prep_kernel(self.packed.layout)
+        return self._prep
+
+
+class CpuCache:
+    """Keys and values of one sequence in float16, a pair of arrays a layer (see attention.py for their shapes).
+
+    Room doubles when it is needed, up to n_ctx positions.
+    """
+
+    def __init__(self, n_layers: int, n_kv_heads: int, head_dim: int, n_ctx: int):
+        if min(n_layers, n_kv_heads, head_dim, n_ctx) < 1:
+            raise UsageError(f"a cache of {n_layers} layers, {n_kv_heads} heads of {head_dim}, {n_ctx} positions")
+        self.n_ctx = n_ctx
+        self.length = 0
+        self.positions = 0
+        self.n_kv_heads, self.head_dim = n_kv_heads, head_dim
+        self.padded_dim = -(-head_dim // LANES) * LANES
+        self.keys = [np.zeros((n_kv_heads, 0, head_dim, LANES), np.uint16)] * n_layers
+        self.values = [np.zeros((n_kv_heads, 0, self.padded_dim), np.uint16)] * n_layers
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in self.keys) + sum(a.nbytes for a in self.values)
+
+    def truncate(self, length: int) -> None:
+        """Forget positions from `length` on."""
+        if not 0 <= length <= self.length:
+            raise UsageError(f"a cache of {self.length} positions cannot be cut to {length}")
+        self.length = length
+
+    def reserve(self, stop: int) -> None:
+        """Make room for positions below `stop`. Raises UsageError beyond n_ctx."""
+        if stop > self.n_ctx:
+            raise UsageError(f"position {stop - 1} does not fit a context of {self.n_ctx}")
+        if stop <= self.positions:
+            return
+        wanted = min(max(stop, 2 * self.positions, FIRST_POSITIONS), self.n_ctx)
+        blocks = -(-wanted // LANES)
+        filled = self.positions // LANES
+        for layer in range(len(self.keys)):
+            keys = np.zeros((self.n_kv_heads, blocks, self.head_dim, LANES), np.uint16)
+            keys[:, :filled] = self.keys[layer]
+            self.keys[layer] = keys
+            values = np.zeros((self.n_kv_heads, blocks * LANES, self.padded_dim), np.uint16)
+            values[:, : filled * LANES] = self.values[layer]
+            self.values[layer] = values
+        self.positions = blocks * LANES
+
+
+class CpuOps:
+    """The Numba backend on `threads` threads (default: the physical cores that this process may use)."""
+
+    name = "cpu"
+
+    def __init__(self, threads: int | None = None):
+        if threads is not None and threads < 1:
+            raise UsageError(f"{threads} threads: at least 1 is needed")
+        self.threads = threads or default_threads()
+        self.team = team(self.threads)
+        self._tables: OrderedDict[tuple, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+
+    # -- weights -----------------------------------------------------------------------------------
+
+    def weight(self, tensor: Tensor) -> CpuWeight:
+        """Pack a matrix (rows, cols) of any tensor type, read with pread by slabs of rows."""
+        if self.threads == 1:
+            return CpuWeight(pack(tensor))
+        with ThreadPoolExecutor(self.threads) as pool:
+            return CpuWeight(pack(tensor, pool.map))
+
+    def vector(self, tensor: Tensor) -> np.ndarray:
+        """A small tensor as float32, flattened."""
+        rows = tensor.read_rows(0, tensor.rows)
+        return tensor.type.decode(rows).astype(np.float32, copy=False).reshape(-1)
+
+    def cache(self, n_layers: int, n_kv_heads: int, head_dim: int, n_ctx: int) -> CpuCache:
+        """An empty cache."""
+        return CpuCache(n_layers, n_kv_heads, head_dim, n_ctx)
+
+    def embed(self, weight: CpuWeight, ids: np.ndarray) -> np.ndarray:
+        """Rows `ids` (n,) of the weight, decoded exactly: (n, cols). Raises UsageError for an id out of range."""
+        ids = np.ascontiguousarray(ids, dtype=np.int64).reshape(-1)
+        rows, cols = weight.shape
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
+            raise UsageError(f"token ids {int(ids.min())}…{int(ids.max())} are outside 0…{rows - 1}")
+        out = np.empty((len(ids), cols), np.float32)
+        packed, layout = weight.packed, weight.packed.layout
+        levels = address(packed.levels) if packed.levels.size else 0
+        number = NUMBERS[layout.values] if layout.is_plain else (0 if layout.wide else 1)
+        words = [address(ids), len(ids), address(out), cols, packed.padded_cols, layout.block, layout.group]
+        words += [layout.bits, SCALES[layout.scale], layout.minimum, levels, number, 16]
+        kernel = elementwise.embed_plain if layout.is_plain else elementwise.embed_codes
+        self.team.run([(kernel.address, -(-len(ids) // 16))], weight.words + words)
+        return out
+
+    def matmul(self, weight: CpuWeight, x: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+        """x (n, cols) @ weight.T (+ bias (rows,)): (n, rows)."""
+        x = values(x)
+        rows, cols = weight.shape
+        if x.ndim != 2 or x.shape[1] != cols:
+            raise UsageError(f"inputs {x.shape} do not fit a weight of {weight.shape}")
+        n = len(x)
+        out = np.empty((n, rows), np.float32)
+        if n == 0:
+            return out
+        packed = weight.packed
+        padded = packed.padded_cols
+        if padded != cols:
+            x = np.pad(x, ((0, 0), (0, padded - cols)))
+        bias_at = 0
+        if bias is not None:
+            if bias.shape != (rows,):
+                raise UsageError(f"a bias {bias.shape} does not fit a weight of {weight.shape}")
+            bias = values(bias)
+            if rows % LANES:
+                bias = np.pad(bias, (0, -rows % LANES))
+            bias_at = address(bias)
+        tile = weight.tile if n >= weight.tile else 1
+        token_block = max(tile, TOKEN_BLOCK_NBYTES // (padded * (4 if packed.layout.is_plain else 1)) // tile * tile)
+        token_items = -(-n // token_block)
+        strips = packed.strips
+        # About four items a thread, so that one that comes late does not hold up the others
+        parts = 1 if self.threads == 1 else max(1, 4 * self.threads // token_items)
+        per_item = max(1, -(-strips // parts), min(4, strips))
+        strip_items = -(-strips // per_item)
+        with self.team.lock:
+            steps = [(weight.kernel(tile), strip_items * token_items)]
+            sections = [0, 0, 0, 0]
+            prep_tokens = 1
+            if not packed.layout.is_plain:
+                prep_tokens = max(1, 8192 // padded)
+                steps.insert(0, (weight.prep, -(-n // prep_tokens)))
+                sections = self._inputs_scratch(weight, n, padded)
+            words = [address(x), n, address(out), bias_at, *sections, per_item, token_block, strip_items, prep_tokens]
+            self.team.run(steps, weight.words + words)
+        return out
+
+    def _inputs_scratch(self, weight: CpuWeight, n: int, cols: int) -> list[int]:
+        """Addresses for the quantized inputs, their scales, starts and sums."""
+        sizes = (n * cols, n * cols // 8, n * cols // weight.span * 4 if weight.span else 0)
+        sizes += (n * cols // weight.unit * 4 if weight.unit else 0,)
+        at = self.team.scratch(sum(sizes) + 64 * len(sizes))
+        out = []
+        for nbytes in sizes:
+            out.append(at)
+            at += -(-nbytes // 64) * 64
+        return out
+
+    # -- the rest ----------------------------------------------------------------------------------
+
+    def rmsnorm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+        """x / sqrt(mean(x²) + eps) * weight over the last dimension."""
+        x, weight = values(x), values(weight)
+        dim = x.shape[-1]
+        if weight.shape != (dim,):
+            raise UsageError(f"a norm of {weight.shape} does not fit {x.shape}")
+        out = np.empty_like(x)
+        rows = x.size // dim
+        per_item = max(1, ITEM_VALUES // dim)
+        words = [address(x), address(weight), address(out), rows, dim, float_bits(eps), per_item]
+        self.team.run([(elementwise.rmsnorm.address, -(-rows // per_item))], words)
+        return out
+
+    def rope(self, x: np.ndarray, start: int, freqs: np.ndarray, interleaved: bool, scale: float = 1.0) -> np.ndarray:
+        """Rotate pairs of x (n, heads, head_dim) in place; angles are computed in float64, once a position."""
+        x = values(x)
+        n, heads, head_dim = x.shape
+        pairs = len(freqs)
+        if 2 * pairs > head_dim:
+            raise UsageError(f"{pairs} pairs do not fit a head of {head_dim}")
+        cos, sin = self._rotations(start, n, np.asarray(freqs), scale)
+        per_item = max(1, ITEM_VALUES // (heads * head_dim))
+        words = [address(x), address(cos), address(sin), n, heads, head_dim, pairs, int(interleaved), per_item]
+        self.team.run([(elementwise.rope.address, -(-n // per_item))], words)
+        return x
+
+    def _rotations(self, start: int, n: int, freqs: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines and sines (n, pairs), float32; the last few are kept, since every layer asks for the same."""
+        key = (start, n, freqs.tobytes(), scale)
+        found = self._tables.get(key)
+        if found is None:
+            angle = np.arange(start, start + n)[:, None] * freqs.astype(np.float64)
+            found = ((scale * np.cos(angle)).astype(np.float32), (scale * np.sin(angle)).astype(np.float32))
+            self._tables[key] = found
+            while len(self._tables) > 4:
+                self._tables.popitem(last=False)
+        return found
+
+    def attend(
+        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, cache: CpuCache, layer: int, start: int, scale: float
+    ) -> np.ndarray:
+        """Store k and v at `start`, then causal attention of q over positions 0 … own; see `Ops.attend`."""
+        q, k, v = values(q), values(k), values(v)
+        n, n_heads, head_dim = q.shape
+        heads = cache.n_kv_heads
+        if k.shape != (n, heads, head_dim) or v.shape != k.shape or head_dim != cache.head_dim or n_heads % heads:
+            raise UsageError(f"queries {q.shape}, keys {k.shape}, values {v.shape} and the cache do not fit")
+        if start < 0:
+            raise UsageError(f"position {start} is below 0")
+        cache.reserve(start + n)
+        out = np.empty((n, n_heads * head_dim), np.float32)
+        per_worker, score = attention.scratch_nbytes(start + n, head_dim, cache.padded_dim)
+        queries = n * n_heads // heads
+        per_item = max(attention.QUERIES, 32 if queries * heads > 64 * self.threads else 0)
+        query_items = -(-queries // per_item)
+        tokens = max(1, 4096 // (heads * head_dim))
+        with self.team.lock:
+            scratch = self.team.scratch(per_worker * self.threads)
+            words = [address(q), address(k), address(v), address(cache.keys[layer]), address(cache.values[layer])]
+            words += [address(out), n, n_heads, heads, head_dim, cache.padded_dim, cache.positions, start]
+            words += [float_bits(scale), scratch, per_worker, score, query_items, per_item, tokens]
+            steps = [
+                (attention.append.address, -(-n // tokens)),
+                (attention.attend.address, heads * query_items),
+            ]
+            self.team.run(steps, words)
+        return out
+
+    def swiglu(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        """silu(gate) * up, elementwise, into `gate`."""
+        return self._elementwise(elementwise.swiglu.address, gate, up)
+
+    def add(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """x + y, elementwise, into `x`."""
+        return self._elementwise(elementwise.add.address, x, y)
+
+    def _elementwise(self, kernel: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        x, y = values(x), values(y)
+        if x.shape != y.shape:
+            raise UsageError(f"shapes {x.shape} and {y.shape} differ")
+        words = [address(x), address(y), address(x), x.size, ITEM_VALUES]
+        self.team.run([(kernel, -(-x.size // ITEM_VALUES))], words)
+        return x
+
+    def to_numpy(self, x: np.ndarray) -> np.ndarray:
+        """The values themselves."""
+        return np.asarray(x, dtype=np.float32)
+
+
+def values(x: np.ndarray) -> np.ndarray:
+    """Contiguous float32, x itself where it is that already."""
+    return np.ascontiguousarray(x, dtype=np.float32)

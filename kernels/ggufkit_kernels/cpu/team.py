@@ -1,0 +1,227 @@
+"""A team of threads that share out the items of compiled kernels.
+
+A kernel is a compiled function (args, item, worker): `args` the address of its int64 words, `item` which part of
+the work, `worker` which thread. A *program* is a few kernels one after the other; `Team.run` runs one.
+
+The caller publishes a kernel and its number of items under a ticket (a counter of kernels above, the next item
+below). Whoever wants an item, the caller too, advances the ticket by compare-and-swap; that succeeds only while
+the kernel that was read is the one that is running, so nobody ever waits for a worker that has not begun:
+a sleeping or descheduled worker costs its help and nothing else. The caller returns when all items are done.
+Workers are Python threads inside a compiled loop without the GIL. They look for work for about a millisecond
+after the last, then sleep until the next program.
+
+Why not Numba's prange: on OpenMP a launch costs 1.6 µs, but where libgomp is missing Numba takes its
+`workqueue`, 100 µs, which aborts the process when two Python threads enter at once. A launch here is below
+1 µs everywhere, callers from several Python threads take turns, and a forked child works alone.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from .atomics import add_atomic, call, load_acquire, pause, store_release, swap_if
+from .jit import kernel
+from .simd import get_i64
+
+# The mailbox: int64 words, those that different threads write 64 bytes apart. At byte 0 the ticket (counter of
+# kernels << 32 | next item), at 64 the kernel's function, args and number of items, at 128 the items done.
+MAIL_WORDS = 32
+LOW = 0xFFFFFFFF  # as the next item: closed, nothing to take
+SPINS = 20_000  # rounds without work, ~40 ns each, before a worker sleeps
+SIGNATURE = "void(int64, int64, int64)"
+
+
+@kernel
+def serve(mail, worker, spins):
+    """A worker's loop: take items while there are any; return after `spins` rounds without one."""
+    idle = 0
+    while idle < spins:
+        ticket = load_acquire(mail)
+        item = ticket & 0xFFFFFFFF
+        if item < load_acquire(mail + 80):
+            function, args = load_acquire(mail + 64), load_acquire(mail + 72)
+            if swap_if(mail, ticket, ticket + 1):  # still that kernel's item: what was read belongs to it
+                call(function, args, item, worker)
+                add_atomic(mail + 128, 1)
+                idle = 0
+                continue
+        pause()
+        idle += 1
+
+
+@kernel
+def run_program(mail, program, alone):
+    """Run a program's kernels. Words: how many, then (function, words to its args, items) of each."""
+    for step in range(get_i64(program)):
+        function = get_i64(program + 8 + 24 * step)
+        args = program + 8 * get_i64(program + 16 + 24 * step)
+        items = get_i64(program + 24 + 24 * step)
+        if alone or items == 1:
+            for item in range(items):
+                call(function, args, item, 0)
+            continue
+        store_release(mail + 128, 0)
+        store_release(mail + 64, function)
+        store_release(mail + 72, args)
+        store_release(mail + 80, items)
+        opened = (((load_acquire(mail) >> 32) + 1) & 0x7FFFFFFF) << 32
+        store_release(mail, opened)
+        while True:
+            ticket = load_acquire(mail)
+            item = ticket & 0xFFFFFFFF
+            if item >= items:
+                break
+            if swap_if(mail, ticket, ticket + 1):
+                call(function, args, item, 0)
+                add_atomic(mail + 128, 1)
+        while load_acquire(mail + 128) < items:
+            pause()
+        # Closed: no worker may take an item while the next kernel's words are written.
+        store_release(mail, opened | 0xFFFFFFFF)
+
+
+def address_of(function: Any) -> int:
+    """The address of a jitted kernel (args, item, worker), compiled or loaded from the cache now."""
+    if not function.signatures:
+        function.compile(SIGNATURE)
+    result = next(iter(function.overloads.values()))
+    return result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
+
+
+class Lazy:
+    """A kernel that is compiled when its address is first asked for."""
+
+    def __init__(self, function: Any):
+        self.function = function
+        self._address = 0
+
+    @property
+    def address(self) -> int:
+        if not self._address:
+            self._address = address_of(self.function)
+        return self._address
+
+
+def lazy(function: Callable) -> Lazy:
+    """Decorator: a kernel (args, item, worker) for `Team.run`."""
+    return Lazy(kernel(function))
+
+
+class Team:
+    """`threads` threads, the caller being one. Made by `team`, one a number of threads."""
+
+    def __init__(self, threads: int):
+        self.threads = threads
+        self.lock = threading.RLock()
+        words = np.zeros(MAIL_WORDS + 8, np.int64)
+        skip = -words.ctypes.data % 64 // 8
+        self._words = words[skip:]
+        self._words[0] = LOW
+        self._mail: int = self._words.ctypes.data
+        self._asleep: list[threading.Semaphore] = []
+        self._scratch = np.empty(0, np.uint8)
+        self._started = False
+
+    def run(self, steps: Sequence[tuple[int, int]], args: Sequence[int]) -> None:
+        """Run kernels (address, items) one after the other, all with the same int64 words `args`."""
+        head = 1 + 3 * len(steps)
+        words = array("q", [len(steps)])
+        for function, items in steps:
+            words.extend((function, head, items))
+        words.extend(args)
+        alone = self.threads == 1 or all(items == 1 for _, items in steps)
+        with self.lock:
+            if not alone:
+                if not self._started:
+                    self._start()
+                while self._asleep:
+                    self._asleep.pop().release()
+            run_program(self._mail, words.buffer_info()[0], alone)
+
+    def scratch(self, nbytes: int) -> int:
+        """The address of at least `nbytes` bytes, 64-aligned. The caller holds `lock` while it uses them."""
+        if self._scratch.nbytes < nbytes + 64:
+            self._scratch = np.empty(max(nbytes + 64, 2 * self._scratch.nbytes), np.uint8)
+        at = self._scratch.ctypes.data
+        return at + -at % 64
+
+    def _start(self) -> None:
+        self._started = True
+        for worker in range(1, self.threads):
+            threading.Thread(target=self._work, args=(worker,), name=f"ggufkit-{worker}", daemon=True).start()
+
+    def _work(self, worker: int) -> None:
+        awake = threading.Semaphore(0)
+        while True:
+            serve(self._mail, worker, SPINS)
+            self._asleep.append(awake)  # a program that starts just now does without us
+            awake.acquire()
+
+
+_teams: dict[int, Team] = {}
+_teams_lock = threading.Lock()
+
+
+def team(threads: int) -> Team:
+    """The process's team of that many threads."""
+    with _teams_lock:
+        if threads not in _teams:
+            _teams[threads] = Team(threads)
+        return _teams[threads]
+
+
+def _after_fork() -> None:
+    """A forked child has none of its parent's workers: teams begin anew."""
+    global _teams_lock
+    _teams_lock = threading.Lock()
+    for one in _teams.values():
+        one.lock = threading.RLock()
+        one._started, one._asleep = False, []
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use: its affinity mask, its cgroup's quota, hyperthreads once."""
+    try:
+        allowed = os.sched_getaffinity(0)
+    except AttributeError:
+        allowed = set(range(os.cpu_count() or 1))
+    cores = len({_core(cpu) for cpu in allowed})
+    quota = _cgroup_quota()
+    return max(1, cores if quota is None else min(cores, int(quota)))
+
+
+def _core(cpu: int) -> str:
+    """A name for the physical core of a logical processor."""
+    try:
+        with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as file:  # noqa: PTH123
+            return file.read().strip()
+    except OSError:
+        return str(cpu)
+
+
+def _cgroup_quota() -> float | None:
+    """Processors that the control group grants, or None for no limit."""
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:  # noqa: PTH123
+            quota, period = file.read().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        pass
+    try:
+        with open("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") as file:  # noqa: PTH123
+            quota = int(file.read())
+        with open("/sys/fs/cgroup/cpu/cpu.cfs_period_us") as file:  # noqa: PTH123
+            period = int(file.read())
+        return quota / period if quota > 0 else None
+    except (OSError, ValueError):
+        return None

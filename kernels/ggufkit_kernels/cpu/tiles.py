@@ -1,0 +1,293 @@
+"""Tiles of vectors, one vector a token, and the dot products of packed codes with int8 inputs.
+
+Part of simd.py's vocabulary (see there): these are the operations that a matmul is made of. Names that end in
+`stride` are bytes from one token to the next.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import llvmlite.ir as ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from .simd import (
+    FLOAT,
+    I1,
+    I8,
+    I16,
+    I32,
+    I64,
+    LANES,
+    QUAD,
+    VECTOR,
+    Vector,
+    _call,
+    _const,
+    _fma,
+    _inputs,
+    _load,
+    _lookup,
+    _madd_bytes,
+    _madd_words,
+    _number,
+    _offset,
+    _pair,
+    _quad,
+    _splat,
+    _store,
+    _times_sign,
+    _token,
+    address,
+    f32,
+    i32,
+    u8,
+)
+
+# -- tiles: one vector a token ------------------------------------------------------------------------
+
+
+def _tile(builder: Any, ty: Any, values: list[Any]) -> Any:
+    out = ir.Constant(ty, ir.Undefined)
+    for t, value in enumerate(values):
+        out = builder.insert_value(out, value, t)
+    return out
+
+
+def _parts(builder: Any, tile: Any) -> list[Any]:
+    return [builder.extract_value(tile, t) for t in range(tile.type.count)]
+
+
+def _zeros(kind: str) -> Any:
+    def typed(typingctx: Any, tokens: Any) -> Any:
+        tile = Vector(kind, tokens.literal_value)
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            ty = context.get_value_type(tile)
+            return _tile(builder, ty, [ir.Constant(VECTOR[kind], None)] * tile.count)
+
+        return tile(tokens), codegen
+
+    typed.__name__ = typed.__qualname__ = f"zeros_{kind}"
+    return intrinsic(prefer_literal=True)(typed)
+
+
+zeros_i32 = _zeros("i32")
+zeros_f32 = _zeros("f32")
+
+
+def _dot_unsigned(builder: Any, tile: list[Any], codes: Any, scale: Any, at: Any, form: Any) -> list[Any]:
+    """tile[t] + scale * sum over the quads of (code - offset) * input, for codes below 8 bits.
+
+    A span is as long as its int16 sums can hold. Sums in between may wrap: only the last value counts. The
+    offset comes in through `starts`, which holds -offset times the sums of the span's inputs.
+    """
+    inputs, stride, starts, starts_stride = at
+    first, quads, bits, span, started = form
+    pairs = _pair(builder, scale)
+    for s in range(first, first + quads, span):
+        sums: list[Any] = [None] * len(tile)
+        if started:
+            for t in range(len(tile)):
+                one = _offset(builder, _token(builder, starts, starts_stride, t), 4 * (s // span))
+                sums[t] = builder.bitcast(_splat(builder, _load(builder, one, I32), LANES), VECTOR["i16"])
+        for q in range(s, s + span):
+            code = _quad(builder, codes, bits, q)
+            for t in range(len(tile)):
+                part = _madd_bytes(builder, code, _inputs(builder, inputs, stride, t, q))
+                sums[t] = part if sums[t] is None else builder.add(sums[t], part)
+        tile = [builder.add(a, _madd_words(builder, b, pairs)) for a, b in zip(tile, sums, strict=True)]
+    return tile
+
+
+def _dot_signed(builder: Any, tokens: int, codes: Any, table: Any, at: Any, form: Any) -> list[Any]:
+    """The sums over the quads of value * input, where the value is a signed byte: the code, or table[code].
+
+    |value| <= 128 goes into the unsigned operand, its sign into the input (|input| <= 127): no sum saturates.
+    """
+    inputs, stride = at[:2]
+    first, quads, bits = form[:3]
+    tile = [ir.Constant(VECTOR["i32"], None)] * tokens
+    for q in range(first, first + quads):
+        value = _quad(builder, codes, bits, q)
+        if table is not None:
+            value = _lookup(builder, table, value)
+        size = _call(builder, f"llvm.abs.v{QUAD}i8", VECTOR["u8"], value, ir.Constant(I1, 0))
+        for t in range(tokens):
+            signed = _times_sign(builder, _inputs(builder, inputs, stride, t, q), value)
+            part = _madd_words(builder, _madd_bytes(builder, size, signed), _const(VECTOR["i16"], 1))
+            tile[t] = builder.add(tile[t], part)
+    return tile
+
+
+@intrinsic(prefer_literal=True)
+def dot_codes(
+    typingctx: Any,
+    total: Any,  # i32 tile
+    codes: Any,  # Codes of 32 inputs
+    scale: Any,  # i32: the integer scales of the unit
+    table: Any,  # u8: the codebook's int8 values twice, or their high parts
+    low_table: Any,  # u8: their low parts
+    inputs: Any,  # address of token 0's 32 int8 inputs, and bytes from token to token
+    stride: Any,
+    starts: Any,  # address of token 0's starts, and bytes from token to token
+    starts_stride: Any,
+    first: Any,  # constants: the unit's first quad and its number of quads
+    quads: Any,
+    values: Any,  # constant: 0 unsigned codes, 1 signed bytes, 2 a table of bytes, 3 one of 16-bit numbers
+    span: Any,  # constants: quads a span, whether there are starts
+    started: Any,
+) -> Any:
+    """total[t] + scale * sum over a unit's quads of value * input, in int32."""
+    literals = (first, quads, values, span, started)
+    q0, n, kind, length, has = (x.literal_value for x in literals)
+    form = (q0, n, codes.bits, length, has)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        tile, at = _parts(builder, args[0]), args[5:9]
+        if kind == 0:
+            return _tile(builder, args[0].type, _dot_unsigned(builder, tile, args[1], args[2], at, form))
+        found = _dot_signed(builder, len(tile), args[1], args[3] if kind > 1 else None, at, form)
+        if kind == 3:
+            low = _dot_signed(builder, len(tile), args[1], args[4], at, form)
+            by = _const(VECTOR["i32"], 8)
+            found = [builder.add(builder.shl(x, by), y) for x, y in zip(found, low, strict=True)]
+        out = [builder.add(x, builder.mul(y, args[2])) for x, y in zip(tile, found, strict=True)]
+        return _tile(builder, args[0].type, out)
+
+    return total(total, codes, i32, u8, u8, address, address, address, address, *literals), codegen
+
+
+@intrinsic
+def add_floats(typingctx: Any, acc: Any, total: Any, d: Any, scales: Any, stride: Any) -> Any:
+    """acc[t] + float(total[t]) * (d * the float at scales + t * stride)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        out = []
+        for t, (a, n) in enumerate(zip(_parts(builder, args[0]), _parts(builder, args[1]), strict=True)):
+            scale = _splat(builder, _load(builder, _token(builder, args[3], args[4], t), FLOAT), LANES)
+            out.append(_fma(builder, builder.sitofp(n, VECTOR["f32"]), builder.fmul(args[2], scale), a))
+        return _tile(builder, args[0].type, out)
+
+    return acc(acc, total, f32, address, address), codegen
+
+
+@intrinsic
+def add_products(typingctx: Any, acc: Any, w: Any, x: Any, stride: Any) -> Any:
+    """acc[t] + w * the float at x + t * stride."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        out = []
+        for t, a in enumerate(_parts(builder, args[0])):
+            value = _splat(builder, _load(builder, _token(builder, args[2], args[3], t), FLOAT), LANES)
+            out.append(_fma(builder, args[1], value, a))
+        return _tile(builder, args[0].type, out)
+
+    return acc(acc, f32, address, address), codegen
+
+
+@intrinsic(prefer_literal=True)
+def add_columns(typingctx: Any, acc: Any, w: Any, x: Any, kind: Any) -> Any:
+    """acc[j] + (LANES numbers of column j at w) * (float j at x); kind as in `load_number`."""
+    number = kind.literal_value
+    step = LANES * (4 if number == 0 else 2)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        out = []
+        for j, a in enumerate(_parts(builder, args[0])):
+            column = _number(builder, _offset(builder, args[1], j * step), number, LANES)
+            value = _splat(builder, _load(builder, _offset(builder, args[2], 4 * j), FLOAT), LANES)
+            out.append(_fma(builder, column, value, a))
+        return _tile(builder, args[0].type, out)
+
+    return acc(acc, address, address, kind), codegen
+
+
+@intrinsic
+def store_tile(typingctx: Any, acc: Any, added: Any, at: Any, stride: Any, rows: Any) -> Any:
+    """Store acc[t] + added (one vector) at `at + t * stride`, the first `rows` lanes only."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        ty = VECTOR["f32"]
+        full = builder.icmp_signed(">=", args[4], ir.Constant(I64, LANES))
+        lanes = ir.Constant(VECTOR["i32"], list(range(LANES)))
+        count = _splat(builder, builder.trunc(args[4], I32), LANES)
+        mask = builder.icmp_signed("<", lanes, count)
+        values = [builder.fadd(a, args[1]) for a in _parts(builder, args[0])]
+        with builder.if_else(full) as (whole, ragged):
+            with whole:
+                for t, value in enumerate(values):
+                    _store(builder, _token(builder, args[2], args[3], t), value)
+            with ragged:
+                for t, value in enumerate(values):
+                    to = builder.inttoptr(_token(builder, args[2], args[3], t), ty.as_pointer())
+                    name = f"llvm.masked.store.v{LANES}f32.p0"
+                    _call(builder, name, ir.VoidType(), value, to, ir.Constant(I32, 1), mask)
+        return context.get_dummy_value()
+
+    return types.void(acc, f32, address, address, types.int64), codegen
+
+
+@intrinsic
+def sum_tile(typingctx: Any, acc: Any) -> Any:
+    """The sum of the tile's vectors, as a tile of one."""
+    one = Vector("f32", 1)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        parts = _parts(builder, args[0])
+        while len(parts) > 1:
+            parts = [builder.fadd(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return _tile(builder, context.get_value_type(one), parts)
+
+    return one(acc), codegen
+
+
+# -- sums of the inputs -------------------------------------------------------------------------------
+
+
+def _fold(builder: Any, x: Any, width: int, groups: int) -> Any:
+    """Add neighbouring groups of `width` elements until `groups` groups are left."""
+    while x.type.count > groups * width:
+        half = x.type.count // 2
+        picks = []
+        for odd in (0, 1):
+            index = [2 * (k // width) * width + odd * width + k % width for k in range(half)]
+            picks.append(builder.shuffle_vector(x, x, ir.Constant(ir.VectorType(I32, half), index)))
+        x = builder.add(*picks)
+    return x
+
+
+def _pair_sums(builder: Any, at: Any) -> Any:
+    """int16: the sums of neighbours among the 32 int8 inputs at an address."""
+    inputs = _load(builder, at, ir.VectorType(I8, 32))
+    return _madd_bytes(builder, _const(VECTOR["u8"], 1), inputs)
+
+
+@intrinsic(prefer_literal=True)
+def store_starts(typingctx: Any, inputs: Any, factor: Any, at: Any, span: Any) -> Any:
+    """For `dot_unsigned`: factor times the sums of each span of 32 inputs, as pairs of wrapped int16."""
+    length = span.literal_value
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pairs = _pair_sums(builder, args[0])
+        pairs = builder.mul(pairs, _splat(builder, builder.trunc(args[1], I16), 2 * LANES))
+        _store(builder, args[2], _fold(builder, pairs, 2, 32 // length))
+        return context.get_dummy_value()
+
+    return types.void(address, types.int64, address, span), codegen
+
+
+@intrinsic(prefer_literal=True)
+def store_sums(typingctx: Any, inputs: Any, scale: Any, at: Any, unit: Any) -> Any:
+    """scale times the sum of each unit (32 or 16) of 32 inputs, as floats."""
+    length = unit.literal_value
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        sums = _madd_words(builder, _pair_sums(builder, args[0]), _const(VECTOR["i16"], 1))
+        sums = _fold(builder, sums, 1, 32 // length)
+        floats = builder.sitofp(sums, ir.VectorType(FLOAT, sums.type.count))
+        _store(builder, args[2], builder.fmul(floats, _splat(builder, args[1], sums.type.count)))
+        return context.get_dummy_value()
+
+    return types.void(address, types.float32, address, unit), codegen
