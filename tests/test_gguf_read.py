@@ -78,7 +78,8 @@ def sample(order: str = "<") -> bytes:
         info("c", [3], 999, 128, order),
         info("d", [4], hostile.F16, 192, order),
     ]
-    data = struct.pack(order + "16f", *range(16)) + bytes(range(36)) + bytes(28) + b"c" * 64
+    blocks = b"".join(struct.pack(order + "H", 0x2C00 + i) + bytes(range(16)) for i in range(2))
+    data = struct.pack(order + "16f", *range(16)) + blocks + bytes(28) + b"c" * 64
     data += struct.pack(order + "4e", 1, 2, 3, 4)
     return hostile.gguf(entries, infos, data, alignment=64, order=order)
 
@@ -106,7 +107,7 @@ def test_damaged_files_raise_only_our_errors(order, tmp_path):
     path = tmp_path / "t.gguf"
     refused = 0
     cases = [whole[:n] for n in range(0, len(whole), 3)]
-    for _ in range(2500):
+    for _ in range(1200):
         damaged = bytearray(whole)
         for _ in range(rng.choice([1, 1, 2, 5])):
             damaged[rng.randrange(header)] = rng.choice([0, 1, 2, 0x7F, 0x80, 0xFF, rng.randrange(256)])
@@ -119,7 +120,7 @@ def test_damaged_files_raise_only_our_errors(order, tmp_path):
         except GgufkitError as error:
             refused += 1
             assert "\n" not in str(error).replace(str(path), "")
-    assert refused > 500
+    assert refused > 300
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS")

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from .blocks import TensorType, find
-from .errors import GgufkitError, UsageError
+from .blocks import TensorType, UnknownType, find
+from .errors import GgufkitError, UnsupportedError, UsageError
 from .gguf_metadata import DTYPES, MAX_NAME, ArrayOfArrays, ValueType
 from .gguf_strings import StringArray, quote
 from .source import reason
@@ -193,6 +193,9 @@ class Plan:
     @staticmethod
     def _described(tensor: Any) -> tuple[str, TensorType, tuple[int, ...], int]:
         if isinstance(tensor, Tensor):
+            if tensor.byte_order == ">" and isinstance(tensor.type, UnknownType):
+                what = f"tensor {quote(tensor.name)}: type {tensor.type.name}"
+                raise UnsupportedError(f"{what} is unknown, so its big-endian bytes cannot be swapped")
             tensor = (tensor.name, tensor.type, tensor.shape, tensor.nbytes)
         name, kind, shape, *size = tensor
         kind, shape = find(kind), tuple(int(n) for n in shape)
