@@ -1,0 +1,211 @@
+"""A checkpoint or a GGUF file becomes a GGUF file of another file type.
+
+checkpoint.py and requantize.py read a source's headers into a `Job`; `quantize.rules` gives each tensor its type;
+everything that can fail is checked; then pipeline.py makes one pass over the source.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ggufkit_formats import blocks, gguf
+from ggufkit_formats.blocks import TensorType
+from ggufkit_formats.blocks.base import UnknownType
+from ggufkit_formats.errors import GgufkitError, UnsupportedError, UsageError
+
+from ..quantize import file_types
+from ..quantize.file_types import FileType
+from ..quantize.rules import Choice, Overrides, choose, order
+from .job import FILE_TYPE, Input, Job
+from .report import Entry, Report
+
+__all__ = ["Entry", "Report", "convert"]
+
+
+def convert(
+    source: str | os.PathLike[str],
+    type: str,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    overwrite: bool = False,
+    plan: bool = False,
+    no_fallback: bool = False,
+    allow_requantize: bool = False,
+    tensor_types: Sequence[str | tuple[str, str]] = (),
+    output_tensor_type: str | None = None,
+    token_embedding_type: str | None = None,
+    pure: bool = False,
+    pre_tokenizer: str | None = None,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    started: Callable[[Report], None] | None = None,
+) -> Report:
+    """Convert a checkpoint or a GGUF file to a file type, byte for byte as llama.cpp's tools do.
+
+    `source`: a checkpoint folder, a .safetensors file with its companions, a GGUF file, or `hf:ORG/REPO`. `type`: a
+    file type such as `q4_k_m`. `output`: a file or a folder; by default `<name>-<TYPE>.gguf` in the current folder.
+    With `plan` nothing is written, and the report holds the size that the file would have.
+
+    `tensor_types` are "PATTERN=TYPE": a regular expression that is searched in GGUF's tensor names beats the file
+    type's rules, but not `output_tensor_type` and `token_embedding_type`; `pure` switches the rules off. Rows that a
+    type's blocks do not divide fall back to another type, or with `no_fallback` raise UnsupportedError. Tensors that
+    are quantized already need `allow_requantize`. `pre_tokenizer` names the tokenizer's pre-tokenizer where it is not
+    recognised. `progress` is called with (bytes of the source done, bytes in all), `started` with the report before
+    the first byte.
+
+    All that can be checked is checked before the first byte is written; NaN and infinities are found on the way and
+    raise FormatError naming the tensor. An exception leaves nothing behind. Memory stays bounded whatever the size.
+    """
+    file_type = _supported(file_types.find(type))
+    overrides = Overrides(
+        tuple(_override(each) for each in tensor_types),
+        output_tensor_type and _encodable(output_tensor_type).name,
+        token_embedding_type and _encodable(token_embedding_type).name,
+        pure,
+    )
+    job = _read(source, pre_tokenizer)
+    try:
+        job.inputs.sort(key=lambda each: order(each.name))
+        tensors = [(each.name, each.shape) for each in job.inputs]
+        choices = choose(file_type, tensors, job.facts, overrides)
+        _check_choices(job, choices, no_fallback, allow_requantize)
+        metadata = job.metadata | {FILE_TYPE: np.uint32(file_type.id)}
+        planned = gguf.Plan(metadata, [_described(each, choices[each.name]) for each in job.inputs])
+        target = _target(output, job.name, file_type)
+        report = Report.of(file_type.name, str(target), planned, choices, job.notes)
+        if plan:
+            return report
+        gguf.check_target(target, planned.nbytes, overwrite)
+        if started is not None:
+            started(report)
+        _write(job, planned, target, overwrite, threads, progress)
+        return report
+    finally:
+        job.close()
+
+
+def _write(job: Job, planned: gguf.Plan, target: Path, overwrite: bool, threads: int | None,
+           progress: Callable[[int, int], None] | None) -> None:  # fmt: skip
+    from ggufkit_kernels.cpu.team import default_threads
+
+    from . import pipeline
+
+    with gguf.Writer(target, planned, overwrite) as writer:
+        pipeline.write(job.inputs, planned.tensors, writer, threads or default_threads(), progress)
+
+
+# -- what to convert -------------------------------------------------------------------------------
+
+
+def _read(source: str | os.PathLike[str], pre_tokenizer: str | None) -> Job:
+    """The source's headers. GgufkitError where there is nothing to convert."""
+    name = os.fspath(source)
+    if name.startswith("hf:"):
+        from .. import sources
+        from . import checkpoint
+
+        return checkpoint.read(Path(sources.checkpoint(name)), name.rstrip("/").split("/")[-1], pre_tokenizer)
+    path = Path(name)
+    if not path.exists():
+        hint = f"; for a Hugging Face repository write hf:{name}" if name.count("/") == 1 else ""
+        raise GgufkitError(f"{name}: no such file or folder{hint}")
+    if path.is_dir() or path.name.endswith((".safetensors", ".safetensors.index.json")):
+        from . import checkpoint
+
+        return checkpoint.read(path, None, pre_tokenizer)
+    from . import requantize
+
+    return requantize.read(path, None, pre_tokenizer)
+
+
+def _target(output: str | os.PathLike[str] | None, name: str, file_type: FileType) -> Path:
+    default = f"{name}-{file_type.name}.gguf"
+    if output is None:
+        return Path(default)
+    path = Path(output)
+    return path / default if path.is_dir() else path
+
+
+# -- which types -----------------------------------------------------------------------------------
+
+_ACTIVATIONS = ("Q8_1", "Q8_K")  # what matmuls round their inputs to; no file holds weights in them
+
+
+def _supported(file_type: FileType) -> FileType:
+    if file_type.note:
+        raise UnsupportedError(f"file type {file_type.name} cannot be made: {file_type.note}")
+    if file_type.type not in blocks.TYPES:
+        raise UnsupportedError(f"file type {file_type.name} cannot be made yet")
+    return file_type
+
+
+def _override(given: str | tuple[str, str]) -> tuple[str, str]:
+    """PATTERN=TYPE taken apart."""
+    if isinstance(given, str):
+        pattern, equals, name = given.rpartition("=")
+        if not equals or not pattern or not name:
+            raise UsageError(f"--tensor-type: {given!r} should be PATTERN=TYPE, as in attn_v=q8_0")
+        given = pattern, name
+    return given[0], _encodable(given[1]).name
+
+
+def _encodable(name: str) -> TensorType:
+    """The tensor type, which must be one that weights can be written in."""
+    kind = blocks.find(name)
+    weights = (kind.is_quantized or kind.name in file_types.PLAIN) and kind.name not in _ACTIVATIONS
+    try:
+        if weights:
+            kind.encode(np.zeros((0, kind.block), np.float32))
+            return kind
+    except UnsupportedError:
+        pass
+    raise UnsupportedError(f"weights cannot be written as {kind.name}")
+
+
+def _check_choices(job: Job, choices: dict[str, Choice], no_fallback: bool, allow_requantize: bool) -> None:
+    """Raise what the chosen types make impossible; resolve those that stay as they are."""
+    fallen = [name for name, choice in choices.items() if choice.fell_back]
+    if no_fallback and fallen:
+        first = choices[fallen[0]]
+        more = f" and {len(fallen) - 1} more" if len(fallen) > 1 else ""
+        raise UnsupportedError(
+            f"{job.source}: tensor {fallen[0]!r}{more} cannot be {first.asked}: {first.reason} (--no-fallback)"
+        )
+    again: list[Input] = []
+    for each in job.inputs:
+        choice = choices[each.name]
+        if not job.is_gguf or each.tensor is None:
+            choice = choices[each.name] = choice if choice.type else Choice("F32", "F32")
+        elif not _decodable(each.tensor.type):
+            choice = choices[each.name] = Choice(None, None)
+        elif choice.type and each.tensor.type.is_quantized and each.tensor.type.name != choice.type:
+            again.append(each)
+        if choice.type:
+            _encodable(choice.type)
+    if again and not allow_requantize:
+        kinds = ", ".join(sorted({each.tensor.type.name for each in again if each.tensor is not None}))
+        raise UnsupportedError(
+            f"{job.source}: {len(again)} tensors are quantized already ({kinds}), and quantizing again loses "
+            "quality; convert from the original, or pass --allow-requantize"
+        )
+    if again:
+        lossy = any(choices[each.name].type not in file_types.PLAIN for each in again)
+        end = "are quantized again: quality suffers" if lossy else "become wider: lost precision does not come back"
+        job.notes.append(f"{len(again)} tensors that were quantized already {end}")
+
+
+def _decodable(kind: TensorType) -> bool:
+    """Whether weights can be read from the type; integers and unknown types are carried over as they are."""
+    return not isinstance(kind, UnknownType) and (kind.is_quantized or kind.name in (*file_types.PLAIN, "F64"))
+
+
+def _described(each: Input, choice: Choice) -> tuple[Any, ...]:
+    """A row of the plan."""
+    if choice.type is not None:
+        return each.name, choice.type, each.shape
+    assert each.tensor is not None
+    return each.name, each.tensor.type, each.shape, each.tensor.nbytes

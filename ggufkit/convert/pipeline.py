@@ -1,0 +1,163 @@
+"""One pass over the source, in slabs of rows: read, decode, reorder, encode on threads; written in order.
+
+Each worker takes a slab through all its steps alone, so threads share nothing, and memory is bounded by the number of
+slabs in flight. Slabs are read with pread: mapped pages would count as the process's memory.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+from ggufkit_formats.blocks import TensorType
+from ggufkit_formats.errors import FormatError, GgufkitError
+from ggufkit_formats.gguf import Planned, Writer
+from ggufkit_formats.tensor import Tensor
+from ggufkit_runtime.models import permuted_rows
+
+from .job import Input
+
+MEMORY = 320 << 20  # bytes that slabs in flight may take, all together
+PER_WEIGHT = 16  # bytes that a weight takes on its way: as read, as float32 twice, as written
+LARGEST = 1 << 22  # weights in a slab; more gains nothing
+
+Progress = Callable[[int, int], None]  # bytes of the source done, bytes in all
+Step = Callable[[], np.ndarray]
+
+
+def write(inputs: list[Input], planned: list[Planned], writer: Writer, threads: int, progress: Progress | None) -> None:
+    """Write all tensors, in the plan's order. Raises FormatError naming a tensor whose values cannot be written."""
+    total = sum(_nbytes(each) for each in inputs)
+    done = 0
+    weights = slab_weights(threads)
+    waiting: deque[tuple[Planned, int, Future[np.ndarray]]] = deque()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="convert")
+    try:
+        for plan, nbytes, step in _steps(inputs, planned, weights):
+            waiting.append((plan, nbytes, pool.submit(step)))
+            while len(waiting) > threads + 1:
+                done = _take(waiting, writer, done, total, progress)
+        while waiting:
+            done = _take(waiting, writer, done, total, progress)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _take(waiting: deque[tuple[Planned, int, Future[np.ndarray]]], writer: Writer, done: int, total: int,
+          progress: Progress | None) -> int:  # fmt: skip
+    plan, nbytes, future = waiting.popleft()
+    writer.write(plan.name, future.result())
+    if progress is not None:
+        progress(done + nbytes, total)
+    return done + nbytes
+
+
+def slab_weights(threads: int) -> int:
+    """Weights in a slab, such that all slabs in flight stay within MEMORY."""
+    return max(1 << 14, min(LARGEST, MEMORY // PER_WEIGHT // (threads + 2)))
+
+
+def _nbytes(each: Input) -> int:
+    return each.tensor.nbytes if each.tensor is not None else 4 * each.n_elements
+
+
+def _steps(inputs: list[Input], planned: list[Planned], weights: int) -> Iterator[tuple[Planned, int, Step]]:
+    """(tensor, bytes of the source, what makes its next bytes), in order."""
+    for each, plan in zip(inputs, planned, strict=True):
+        for nbytes, step in _of(each, plan.type, weights):
+            yield plan, nbytes, _named(each, step)
+
+
+def _of(each: Input, kind: TensorType, weights: int) -> Iterator[tuple[int, Step]]:
+    tensor = each.tensor
+    if tensor is None:
+        values = each.values
+        assert values is not None
+        yield 4 * each.n_elements, lambda: encode(kind, values.reshape(1, -1))
+    elif kind.id == tensor.type.id and kind.name == tensor.type.name and not each.head_rows:
+        yield from _copies(tensor, weights)
+    else:
+        rows, cols = (tensor.rows, tensor.cols) if len(each.shape) > 1 else (1, each.n_elements)
+        unit = max(1, each.head_rows) if rows > 1 else 1
+        step = max(unit, weights // max(1, cols) // unit * unit)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            yield (stop - start) * tensor.row_nbytes, _slab(tensor, start, stop, each.head_rows, kind)
+
+
+def _slab(tensor: Tensor, start: int, stop: int, head_rows: int, kind: TensorType) -> Step:
+    """Rows start…stop of the tensor as bytes of that type. With `head_rows`, slabs are whole heads."""
+
+    def run() -> np.ndarray:
+        x = tensor.type.decode(tensor.read_rows(start, stop))
+        if head_rows and len(tensor.shape) == 1:
+            x = x[:, permuted_rows(x.shape[1], x.shape[1] // head_rows)]
+        elif head_rows:
+            x = x[permuted_rows(stop - start, (stop - start) // head_rows)]
+        return encode(kind, x)
+
+    return run
+
+
+def encode(kind: TensorType, x: np.ndarray) -> np.ndarray:
+    """float32 (rows, cols) -> uint8 (rows, bytes per row). FormatError for what no file should hold."""
+    if kind.is_quantized:
+        from ggufkit_kernels.cpu.encode import encode as fast
+
+        return fast(kind, x, threads=1)
+    raw = kind.encode(x)
+    check_plain(kind, raw, x)
+    return raw
+
+
+def check_plain(kind: TensorType, raw: np.ndarray, x: np.ndarray | None = None) -> None:
+    """Refuse NaN and infinities among plain numbers (uint8 bytes of `kind`)."""
+    if kind.name not in ("F32", "F16", "BF16", "F64"):
+        return
+    values = kind.decode(raw) if kind.name == "BF16" else raw.view(kind.fields)
+    if np.isfinite(values).all():
+        return
+    if x is not None and np.isfinite(x).all():
+        raise FormatError(f"weights up to {np.abs(x).max():.6g} are too large for {kind.name}")
+    raise FormatError("NaN or infinite weights")
+
+
+def _copies(tensor: Tensor, weights: int) -> Iterator[tuple[int, Step]]:
+    """The tensor's own bytes, little endian, in pieces."""
+    try:
+        row = tensor.row_nbytes
+    except GgufkitError:  # a type of unknown size
+        row = 0
+    if not row or row * tensor.rows != tensor.nbytes:
+        if tensor.byte_order != "<":
+            raise FormatError(f"type {tensor.type} in a big-endian file: its byte order is unknown")
+        step = 4 * weights
+        for start in range(0, tensor.nbytes, step):
+            n = min(step, tensor.nbytes - start)
+            yield n, lambda start=start, n=n: tensor.source.read(tensor.offset + start, n)
+        return
+    step = max(1, weights // max(1, tensor.cols))
+    for start in range(0, tensor.rows, step):
+        stop = min(start + step, tensor.rows)
+        yield (stop - start) * row, lambda start=start, stop=stop: _copied(tensor, start, stop)
+
+
+def _copied(tensor: Tensor, start: int, stop: int) -> np.ndarray:
+    raw = tensor.read_rows(start, stop)
+    if tensor.type.is_quantized:
+        tensor.type.check_scales(raw.reshape(-1).view(tensor.type.fields))
+    else:
+        check_plain(tensor.type, raw)
+    return raw
+
+
+def _named(each: Input, step: Step) -> Step:
+    def run() -> np.ndarray:
+        try:
+            return step()
+        except FormatError as error:
+            raise FormatError(f"{each.label}: {error}") from None
+
+    return run
