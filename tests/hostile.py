@@ -424,7 +424,7 @@ SAFETENSORS = [
     Case(
         "truncated",
         safetensors({"a": tensor()}, 7),
-        "tensor 'a' needs 8 bytes at 63, but the file ends at 70",
+        "tensor 'a' needs 8 bytes at 62, but the file ends at 69",
     ),
-    Case("bytes behind", safetensors({"a": tensor()}, 9), "the tensors end at 71, but the file ends at 72"),
+    Case("bytes behind", safetensors({"a": tensor()}, 9), "the tensors end at 70, but the file ends at 71"),
 ]
