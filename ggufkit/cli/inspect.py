@@ -149,7 +149,7 @@ def _print_all(opened: GgufFile, no_tensors: bool, full: bool) -> None:
     keys = {key: _line(key) for key in opened.metadata}
     pad = min(max(map(len, keys.values()), default=0), 44)
     for key, shown in keys.items():
-        room = limit if full else max(limit - max(pad, len(shown)) - 4, 24)
+        room = limit if full else max(limit - max(pad, len(shown)) - 4, 12)
         write(f"  {shown:<{pad}}  {_text(opened.metadata.typed(key), room, whole=full)}\n")
     if not no_tensors and opened.tensors:
         write("\nTensors\n" + _tensor_table(list(opened.tensors.values()), width) + "\n")
