@@ -45,6 +45,10 @@ DEEPSEEK3 = (
     r"| ?[\p{P}\p{S}]+[\r\n]*|" + SPACES
 )
 CJK_WORDS = "[一-龥\u3040-ゟ゠-ヿ]+"
+# [一-龥ࠀ-一가-퟿] without the blanks among them, which llama.cpp does not see there.
+DEEPSEEK_WIDE = (
+    "[一-龥\u0800-\u167f\u1681-\u1fff\u200b-\u2027\u202a-\u202e\u2030-\u205e\u2060-\u2fff\u3001-一가-\ud7ff]+"
+)
 BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 
 DEFAULT = PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"))
@@ -91,7 +95,7 @@ TABLE: dict[str, PreTokenizer] = {
     **named(cased, "gpt-4o llama4 kanana2 talkie minimax-m2"),
     **named(deepseek3, "deepseek-v3 hunyuan-dense joyai-llm hy_v4"),
     "deepseek-coder": PreTokenizer(
-        (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}"), clean_spaces=False
+        (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", DEEPSEEK_WIDE, r"\p{N}"), clean_spaces=False
     ),
     "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]")),
     **named(bailing, "bailingmoe bailingmoe2 llada-moe"),

@@ -1,13 +1,16 @@
 """Chat templates: Jinja in its sandbox, with what Hugging Face's templates need and with bounded time and memory.
 
-A template comes with a model file, so it is a stranger's program. The sandbox keeps it from Python's internals; the
-limits here keep it from running forever or filling the memory: every loop round and every call is counted, every
-text that is put together is measured, and an operation that multiplies a text is refused before it is made.
+A template comes with a model file, so it is a stranger's program. The sandbox keeps it from Python's internals;
+the budget here keeps it from running forever or filling the memory. Every loop round and every call is counted,
+every text and list that is made is counted, and an operation that multiplies is refused before it is done. Nested
+lists are weighed before they are printed or compared, because sharing makes them larger than they look.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
+import operator
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,13 +20,16 @@ from typing import Any
 from ggufkit_formats.errors import GgufkitError
 
 MAX_SOURCE = 1 << 20  # characters of a template
-MAX_TEXT = 1 << 26  # characters of any text that a template makes
+MAX_TEXT = 1 << 24  # characters that a template may put together, all in all
 MAX_STEPS = 2_000_000  # loop rounds and calls
 MAX_SECONDS = 10.0
+ITEM = 8  # an item of a list counts as so many characters
+
 # Filters, methods and functions whose result can be larger than what they are given.
 GROWING = {"center", "ljust", "rjust", "zfill", "expandtabs", "replace", "join", "format", "format_map"}
-GROWING |= {"translate", "indent", "wordwrap", "tojson", "batch", "slice", "list", "range", "xmlattr"}
-GROWING |= {"pprint", "urlize", "truncate", "generate_lorem_ipsum"}
+GROWING |= {"translate", "indent", "batch", "slice", "range", "xmlattr", "truncate", "tojson"}
+# Those that look into nested lists.
+DEEP = {"string", "tojson", "pprint", "join", "sort", "unique", "groupby", "min", "max", "index", "count", "remove"}
 
 
 class TemplateError(GgufkitError):
@@ -31,10 +37,11 @@ class TemplateError(GgufkitError):
 
 
 class Budget:
-    """What one rendering may use."""
+    """What one rendering may use, and has used."""
 
     def __init__(self) -> None:
         self.steps = 0
+        self.made = 0
         self.deadline = time.monotonic() + MAX_SECONDS
 
     def step(self) -> None:
@@ -44,65 +51,94 @@ class Budget:
         if not self.steps & 255 and time.monotonic() > self.deadline:
             raise TemplateError(f"chat template: more than {MAX_SECONDS:.0f} seconds")
 
+    def allow(self, size: int) -> None:
+        if self.made + size > MAX_TEXT:
+            raise TemplateError(f"chat template: more than {MAX_TEXT} characters of text")
+
+    def counted(self, value: Any) -> Any:
+        """`value`, which has just been made."""
+        if isinstance(value, str | bytes):
+            self.made += len(value)
+        elif isinstance(value, list | tuple | dict):
+            self.made += ITEM * len(value)
+        self.allow(0)
+        return value
+
     def rounds(self, items: Iterable[Any]) -> Iterator[Any]:
         for item in items:
             self.step()
             yield item
 
     def join(self, parts: Iterable[Any]) -> str:
-        texts = [str(part) for part in parts]
-        self.measure(sum(map(len, texts)))
-        return "".join(texts)
-
-    def measure(self, size: int) -> None:
         self.step()
-        if size > MAX_TEXT:
-            raise TemplateError(f"chat template: a text of more than {MAX_TEXT} characters")
+        texts = [str(self.weighed(part)) for part in parts]
+        self.allow(sum(map(len, texts)))
+        return self.counted("".join(texts))
 
-    def growth(self, name: str, args: Iterable[Any]) -> None:
-        """Refuses a call that could multiply what it is given beyond the limit."""
+    def weighed(self, value: Any) -> Any:
+        """`value`, if it is not too large when it is written out."""
+        stack, size = [value], 0
+        while stack:
+            top = stack.pop()
+            if isinstance(top, dict):
+                stack.extend(top)
+                stack.extend(top.values())
+            elif isinstance(top, list | tuple | set):
+                stack.extend(top)
+            elif top is not value:
+                self.step()
+                size += len(top) if isinstance(top, str) else 1
+                self.allow(size)
+        return value
+
+    def call(self, name: str, args: list[Any]) -> None:
+        """Refuses a call that could multiply what it is given beyond the budget."""
         self.step()
         if name in GROWING:
             size = 1
             for arg in args:
                 size *= max(1, extent(arg))
-            self.measure(size)
+            self.allow(size)
+        if name in DEEP:
+            for arg in args:
+                self.weighed(arg)
 
 
 def extent(value: Any) -> int:
-    """How much a value can multiply a text: its length, or the number that it is."""
+    """How much a value can multiply a text: its length, or the number that it is or holds."""
     if isinstance(value, bool):
         return 1
     if isinstance(value, int):
         return min(abs(value), MAX_TEXT + 1)
     if isinstance(value, str):
-        widths = [int(digits[:12]) for digits in re.findall(r"\d+", value)] if "{" in value or "%" in value else []
-        return max([len(value), *widths])
+        numbers = re.findall(r"\d+", value) if "{" in value or "%" in value else []
+        return max([len(value), *(int(digits[:9]) for digits in numbers)])
     if isinstance(value, list | tuple | dict):
         return len(value)
     return 1
 
 
-def multiply(budget: Budget, operator: str, left: Any, right: Any) -> Any:
-    """`left * right` and its like, where the result stays within the limits."""
-    if operator == "**":
-        if isinstance(right, int) and extent(right) * max(1, extent(left)).bit_length() > 10_000:
+def operate(budget: Budget, sign: str, left: Any, right: Any) -> Any:
+    """`left sign right`, where the result stays within the budget."""
+    if sign == "**":
+        if isinstance(right, int) and isinstance(left, int) and abs(right) * left.bit_length() > 10_000:
             raise TemplateError("chat template: a power that is too large")
         return left**right
-    if operator == "%":
+    if sign == "%":
         if isinstance(left, str):
-            budget.measure(extent(left))
-        return left % right
-    if operator == "*":
+            stars = right if isinstance(right, tuple) and "*" in left else ()
+            budget.allow(max(extent(left), *map(extent, (*stars, 0))))
+            budget.weighed(right)
+        return budget.counted(left % right)
+    if sign == "*":
         if isinstance(left, int) and isinstance(right, int):
             if left.bit_length() + right.bit_length() > 10_000:
                 raise TemplateError("chat template: a product that is too large")
         else:
-            budget.measure(extent(left) * extent(right))
-        return left * right
-    size = len(left) + len(right) if hasattr(left, "__len__") and hasattr(right, "__len__") else 0
-    budget.measure(size)
-    return left + right
+            per_item = 1 if isinstance(left, str) or isinstance(right, str) else ITEM
+            budget.allow(per_item * extent(left) * extent(right))
+        return budget.counted(operator.mul(left, right))
+    return budget.counted(left + right)
 
 
 def raise_exception(message: str) -> None:
@@ -129,6 +165,33 @@ def make_environment(budget: Budget) -> Any:
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.visitor import NodeTransformer
+
+    def through(name: str, *args: Any) -> Any:
+        return nodes.Call(nodes.EnvironmentAttribute(f"budget_{name}"), list(args), [], None, None)
+
+    class Meter(NodeTransformer):
+        """Leads what could take long or grow through the budget."""
+
+        def visit_For(self, node: Any) -> Any:
+            self.generic_visit(node)
+            node.iter = through("rounds", node.iter)
+            return node
+
+        def visit_Concat(self, node: Any) -> Any:
+            self.generic_visit(node)
+            return through("join", nodes.List(list(node.nodes)))
+
+        def visit_Compare(self, node: Any) -> Any:
+            self.generic_visit(node)
+            node.expr = through("weighed", node.expr)
+            for operand in node.ops:
+                operand.expr = through("weighed", operand.expr)
+            return node
+
+        def visit_Getitem(self, node: Any) -> Any:
+            self.generic_visit(node)
+            return through("counted", node) if isinstance(node.arg, nodes.Slice) else node
 
     class Generation(Extension):
         """`{% generation %}` marks what a model says; here its content is just there."""
@@ -143,48 +206,55 @@ def make_environment(budget: Budget) -> Any:
         intercepted_binops = frozenset(["*", "**", "%", "+"])
 
         def _parse(self, source: str, name: Any, filename: Any) -> Any:
-            tree = super()._parse(source, name, filename)
-            for loop in list(tree.find_all(nodes.For)):
-                loop.iter = call("rounds", [loop.iter])
-            for concat in list(tree.find_all(nodes.Concat)):
-                concat.nodes = [call("join", [nodes.List(list(concat.nodes), "load")])]
+            tree = Meter().visit(super()._parse(source, name, filename))
             tree.set_environment(self)
             return tree
 
         def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-            owner = getattr(function, "__self__", None)
-            name = getattr(function, "__name__", "")
-            given = [owner, *args, *kwargs.values()] if isinstance(owner, str) else [*args, *kwargs.values()]
-            budget.growth(name, given)
+            function_name = getattr(function, "__name__", "")
+            owner = getattr(inspect.unwrap(function), "__self__", None) if callable(function) else None
+            given = [*args, *kwargs.values()]
+            if isinstance(owner, str | list | tuple | dict):
+                given.append(owner)
+            if owner is not budget:
+                budget.call(function_name, given)
             result = super().call(context, function, *args, **kwargs)
-            budget.measure(len(result) if isinstance(result, str) else 0)
-            return result
+            return result if owner is budget else budget.counted(result)
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            return multiply(budget, operator, left, right)
+            return operate(budget, operator, left, right)
 
-    def call(name: str, args: list[Any]) -> Any:
-        return nodes.Call(nodes.EnvironmentAttribute(name), args, [], None, None)
-
-    def guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def guarded(name: str, function: Callable[..., Any], counts: bool) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            budget.growth(name, [*args, *kwargs.values()])
+            budget.call(name, [*args, *kwargs.values()])
+            if not counts:  # a test compares
+                for arg in args:
+                    budget.weighed(arg)
             result = function(*args, **kwargs)
-            budget.measure(len(result) if isinstance(result, str) else 0)
-            return result
+            return budget.counted(result) if counts else result
 
-        # Jinja tells by attributes of the function whether it wants the context.
+        # Jinja learns from attributes of the function whether it wants the context.
         run.__dict__.update(getattr(function, "__dict__", {}))
         return run
 
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols], cache_size=0)
+    environment = Environment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[Generation, loopcontrols],
+        cache_size=0,
+        finalize=budget.weighed,
+    )
     environment.filters["tojson"] = tojson
-    environment.filters = {name: guarded(name, f) for name, f in environment.filters.items()}
+    for name in ("urlize", "wordwrap", "striptags"):  # slow on long texts, and of no use in a prompt
+        del environment.filters[name]
+    del environment.globals["lipsum"]
+    environment.filters = {name: guarded(name, f, True) for name, f in environment.filters.items()}
+    environment.tests = {name: guarded(name, f, False) for name, f in environment.tests.items()}
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = strftime_now
     environment.concat = budget.join  # type: ignore[method-assign]
-    environment.rounds = budget.rounds  # type: ignore[attr-defined]
-    environment.join = budget.join  # type: ignore[attr-defined]
+    for name in ("rounds", "join", "weighed", "counted"):
+        setattr(environment, f"budget_{name}", getattr(budget, name))
     return environment
 
 
@@ -192,10 +262,8 @@ def render(source: str, **variables: Any) -> str:
     """The text that the template `source` makes of `variables`. TemplateError in one line where it cannot."""
     if len(source) > MAX_SOURCE:
         raise TemplateError(f"chat template: {len(source)} characters, more than {MAX_SOURCE}")
-    budget = Budget()
     try:
-        template = make_environment(budget).from_string(source)
-        return template.render(**variables)
+        return make_environment(Budget()).from_string(source).render(**variables)
     except TemplateError:
         raise
     except RecursionError:
