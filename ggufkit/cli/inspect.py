@@ -25,7 +25,7 @@ HEAD = 16  # longer arrays show so many items
 @click.command(name="inspect", short_help="Show the metadata and tensors of a GGUF file.")
 @click.argument("file", type=click.Path(path_type=Path))
 @screen.json_option
-@click.option("--key", metavar="NAME", help="Show the value of this metadata key alone, in full.")
+@click.option("--key", metavar="NAME", help="Show the value of this metadata key alone (without --json: in full).")
 @click.option("--no-tensors", is_flag=True, help="Leave out the table of tensors.")
 @click.option("--full", is_flag=True, help="Show long strings and arrays in full.")
 def command(file: Path, as_json: bool, key: str | None, no_tensors: bool, full: bool) -> None:
@@ -68,7 +68,7 @@ def _document(file: Path, opened: GgufFile, key: str | None, no_tensors: bool, f
     if not no_tensors:
         number = {id(source): i for i, source in enumerate(opened.sources)}
         document["tensors"] = [
-            {"name": t.name, "type": t.type.name, "shape": _shape(t), "offset": t.offset, "nbytes": t.nbytes}
+            {"name": t.name, "type": t.type.name, "shape": t.shape[::-1], "offset": t.offset, "nbytes": t.nbytes}
             | ({"shard": number[id(t.source)]} if split else {})
             for t in opened.tensors.values()
         ]
@@ -93,10 +93,8 @@ def _summary(opened: GgufFile) -> dict[str, Any]:
 
 def _json_value(value: Any, full: bool) -> Any:
     """A typed value as JSON has it; arrays of more than HEAD items are cut, unless `full`."""
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    if isinstance(value, str):
-        return value
+    if isinstance(value, str | bytes):
+        return value if isinstance(value, str) else value.decode("utf-8", "replace")
     if not hasattr(value, "__len__"):
         return value.item()
     n = len(value) if full else min(len(value), HEAD)
@@ -115,10 +113,6 @@ def _item_type(value: Any) -> str:
     if hasattr(value, "raw_items"):
         return "STRING"
     return "ARRAY" if isinstance(value, list) else value.dtype.name.upper()
-
-
-def _shape(tensor: Tensor) -> list[int]:
-    return list(reversed(tensor.shape))
 
 
 # -- text ------------------------------------------------------------------------------------------
@@ -163,7 +157,7 @@ def _print_all(opened: GgufFile, no_tensors: bool, full: bool) -> None:
 
 
 def _tensor_table(tensors: list[Tensor], width: float) -> str:
-    rows = [[_line(t.name), t.type.name, " × ".join(map(str, _shape(t))) or "scalar", screen.size(t.nbytes), t.offset]
+    rows = [[_line(t.name), t.type.name, " × ".join(map(str, t.shape[::-1])) or "scalar", screen.size(t.nbytes), t.offset]
             for t in tensors]  # fmt: skip
     header = ["name", "type", "shape", "size", "offset"]
     widths = [max(len(str(row[i])) for row in (header, *rows)) for i in range(5)]
