@@ -35,7 +35,7 @@ def command(model: str | None, hf: str | None, n_prompt: int, n_gen: int, repeti
     from ..quantize import file_types
 
     loaded = screen.load(model or (f"hf:{hf}" if hf else None), device, threads)
-    with screen.Progress("bench", 1) as bar:
+    with screen.Progress("bench", 1, unit=lambda n: f"{n:.2f} runs") as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -43,9 +43,10 @@ def command(model: str | None, hf: str | None, n_prompt: int, n_gen: int, repeti
 
         results = evaluate.bench(loaded, n_prompt, n_gen, repetitions, progress)
     info = loaded.info
+    file_type = None if info.file_type is None else file_types.by_id(info.file_type)
     document = {
         "model": info.name,
-        "type": file_types.name_of(info.file_type),
+        "type": file_type.name if file_type else "unknown",
         "n_parameters": info.n_parameters,
         "n_bytes": info.n_bytes,
         "device": loaded.ops.name,

@@ -38,7 +38,7 @@ def command(model: str | None, hf: str | None, text_file: str, ctx_size: int, ch
         raise FormatError(f"{text_file}: not UTF-8 at byte {error.start}") from None
     loaded = screen.load(model or (f"hf:{hf}" if hf else None), device, threads, None, pre_tokenizer)
     reference = screen.load(against, device, threads, None, pre_tokenizer) if against else None
-    with screen.Progress("perplexity", 1, unit=lambda n: f"{n:.3f}") as bar:
+    with screen.Progress("perplexity", 1, unit=lambda n: f"{n:.2f} windows") as bar:
 
         def progress(done: int, total: int, value: float) -> None:
             bar.total = total
