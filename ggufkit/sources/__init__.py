@@ -68,8 +68,9 @@ def _repository(name: str, spec: str) -> str:
 
 
 def _existing(text: str) -> Path:
+    path = Path(text)
     try:
-        path = Path(text).expanduser()
+        path = path.expanduser()
         path.stat()
         return path
     except (FileNotFoundError, NotADirectoryError):

@@ -7,8 +7,8 @@ Chen and Goodman (1998), "An empirical study of smoothing techniques for languag
 
 The highest order counts occurrences; each lower order counts in how many different contexts an n-gram was seen,
 except at the start of the stream, where there is none to its left. The discounts D1, D2, D3+ of each order follow
-from its counts of counts, Y = n1/(n1 + 2 n2), Dk = k − (k + 1) Y n(k+1)/n(k). The order below one is uniform over
-the vocabulary.
+from its counts of counts, Y = n1/(n1 + 2 n2), Dk = k − (k + 1) Y n(k+1)/n(k); where these are not between 0 and k,
+as in the few unigrams, they are 0.5, 1 and 1.5. The order below one is uniform over the vocabulary.
 
 An n-gram is one integer, its tokens the digits in base n_vocab, so that a table is a sorted array.
 """
@@ -49,10 +49,12 @@ def lookup(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray, missing: fl
 def fit_order(keys: np.ndarray, counts: np.ndarray, n_vocab: int) -> Order:
     """The tables of one order from its n-grams (sorted, distinct) and their (adjusted) counts."""
     n = [float((counts == k).sum()) for k in range(5)]
-    discounts = (0.5, 1.0, 1.5)  # where a tiny text lacks n-grams of some count
+    discounts: tuple[float, ...] = (0.5, 1.0, 1.5)
     if all(n[1:]):
         y = n[1] / (n[1] + 2 * n[2])
-        discounts = tuple(max(k - (k + 1) * y * n[k + 1] / n[k], 0.0) for k in (1, 2, 3))
+        estimated = tuple(k - (k + 1) * y * n[k + 1] / n[k] for k in (1, 2, 3))
+        if all(0 < d < k for k, d in enumerate(estimated, start=1)):
+            discounts = estimated
     discount = np.array((0.0, *discounts))[np.minimum(counts, 3)]
     contexts, begin = np.unique(keys // n_vocab, return_index=True)
     total = np.add.reduceat(counts, begin).astype(np.float64)
