@@ -266,9 +266,9 @@ def test_a_large_vocabulary_stays_bytes(tmp_path):
     items = b"".join(map(string, words))
     path = put(tmp_path, hostile.gguf([entry("tokenizer.ggml.tokens", ARRAY, array(STRING, n, items))]))
     before = sys.getallocatedblocks()
-    began = time.perf_counter()
+    began = time.process_time()
     with gguf.open(path) as f:
-        took = time.perf_counter() - began
+        took = time.process_time() - began
         tokens = f.metadata["tokenizer.ggml.tokens"]
         assert sys.getallocatedblocks() - before < 2000
         assert (

@@ -10,7 +10,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from typing import NamedTuple
 
 import hostile
@@ -295,10 +294,11 @@ def test_a_large_vocabulary_is_shown_at_once(tmp_path):
         pass
     times = []
     for _ in range(3):
-        began = time.perf_counter()
+        before = os.times()
         assert subprocess.run([*COMMAND, path], capture_output=True, timeout=60).returncode == 0
-        times.append(time.perf_counter() - began)
-    assert min(times) < 1.0
+        after = os.times()  # processor time: other programs may keep us waiting
+        times.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert min(times) < 1.0, times
 
 
 def test_no_heavy_imports(tmp_path):

@@ -152,13 +152,12 @@ def _print_all(opened: GgufFile, no_tensors: bool, full: bool) -> None:
         f"\n{summary['n_tensors']} tensors, {summary['n_parameters']:,} parameters, "
         f"{screen.size(summary['n_bytes'])}, {summary['bits_per_weight']:.2f} bits per weight\n"
     )
-    if types:
-        write(f"{types}\n")
+    write(f"{types}\n" if types else "")
 
 
 def _tensor_table(tensors: list[Tensor], width: float) -> str:
-    rows = [[_line(t.name), t.type.name, " × ".join(map(str, t.shape[::-1])) or "scalar", screen.size(t.nbytes), t.offset]
-            for t in tensors]  # fmt: skip
+    shapes = (" × ".join(map(str, t.shape[::-1])) or "scalar" for t in tensors)
+    rows = [[_line(t.name), t.type.name, next(shapes), screen.size(t.nbytes), t.offset] for t in tensors]
     header = ["name", "type", "shape", "size", "offset"]
     widths = [max(len(str(row[i])) for row in (header, *rows)) for i in range(5)]
     room = width - 2 - sum(widths[1:]) - 8
