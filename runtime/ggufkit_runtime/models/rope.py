@@ -68,17 +68,18 @@ class Rope:
         if self.llama3 is None:
             return None
         factor, low, high, n_ctx = self.llama3
-        # float32 throughout: these are the bytes that other converters write
-        dims = np.arange(0, self.n_rot, 2, dtype=np.float32) / np.float32(self.n_rot)
-        freqs = np.float32(1.0) / np.float32(self.base) ** dims
-        out = np.ones(len(freqs), np.float32)
+        # float32 throughout, and reciprocals where torch takes them: so are the bytes of llama.cpp's converter
+        f32 = np.float32
+        dims = np.arange(0, self.n_rot, 2, dtype=f32) / f32(self.n_rot)
+        freqs = f32(1) / f32(self.base) ** dims
+        out = np.ones(len(freqs), f32)
         for i, freq in enumerate(freqs):
-            wavelength = float(np.float32(2 * math.pi) / freq)
+            wavelength = f32(1) / freq * f32(2 * math.pi)
             if wavelength > n_ctx / low:
                 out[i] = factor
             elif wavelength >= n_ctx / high:
-                smooth = (n_ctx / wavelength - low) / (high - low)
-                out[i] = 1 / ((1 - smooth) / factor + smooth)
+                smooth = (f32(1) / wavelength * f32(n_ctx) - f32(low)) / f32(high - low)
+                out[i] = f32(1) / ((f32(1) - smooth) / f32(factor) + smooth)
         return out
 
     # -- GGUF ------------------------------------------------------------------------------------
