@@ -32,7 +32,7 @@ def logits(args: argparse.Namespace) -> None:
     model, reference = generate.load(args.model, threads=args.threads), generate.load(args.model, device="reference")
     text = Path(args.text).read_text(encoding="utf-8")
     ids = model.tokenizer.encode(text[:20000])
-    ours, theirs, steps, same = [], [], [], []
+    ours, theirs, steps, their_steps, same = [], [], [], [], []
     with Llama(args.model, n_ctx=args.ctx, n_threads=args.threads) as oracle:
         for i in range(args.chunks):
             chunk = ids[i * args.ctx : (i + 1) * args.ctx]
@@ -44,10 +44,12 @@ def logits(args: argparse.Namespace) -> None:
             cache, n = model.cache(), 48  # token by token takes other kernels than a batch
             one = np.concatenate([model.forward([t], cache) for t in chunk[:n]])
             steps.append(divergence(expected[:n], one))
+            their_steps.append(divergence(expected[:n], oracle.logits_one_by_one(chunk[:n])))
     ours, theirs, steps = np.concatenate(ours), np.concatenate(theirs), np.concatenate(steps)
     print(f"{args.model}: {len(ours)} tokens")
     print(f"KL(reference ‖ ours)       mean {ours.mean():.3e}  p99 {np.quantile(ours, 0.99):.3e}")
     print(f"KL(reference ‖ ours), n=1  mean {steps.mean():.3e}  ({len(steps)} tokens)")
+    print(f"KL(reference ‖ llama.cpp), n=1  mean {np.concatenate(their_steps).mean():.3e}")
     print(f"KL(reference ‖ llama.cpp)  mean {theirs.mean():.3e}  p99 {np.quantile(theirs, 0.99):.3e}")
     print(f"ratio {ours.mean() / theirs.mean():.3f}; same top token as llama.cpp {np.concatenate(same).mean():.4f}")
 

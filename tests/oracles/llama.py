@@ -98,6 +98,10 @@ class Llama:
         """float32 (len(ids), n_vocab): one pass over all of `ids` from an empty cache."""
         return self._call("logits", list(map(int, ids)))
 
+    def logits_one_by_one(self, ids: Sequence[int]) -> np.ndarray:
+        """The same, one token a pass, as generation does it."""
+        return self._call("logits_one_by_one", list(map(int, ids)))
+
     def greedy(self, ids: Sequence[int], n: int, stop: bool = True) -> list[int]:
         """The `n` likeliest next tokens, fed back one at a time; `stop` ends (without it) at an end token."""
         return self._call("greedy", list(map(int, ids)), n, stop)
@@ -401,6 +405,14 @@ class Worker:
         self.clear()
         self.decode(ids, 0, all_logits=True)
         return np.stack([self.row(k) for k in range(len(ids))])
+
+    def logits_one_by_one(self, ids: list[int]) -> np.ndarray:
+        self.clear()
+        out = []
+        for position, token in enumerate(ids):
+            self.decode([token], position)
+            out.append(self.row(-1))
+        return np.stack(out)
 
     def greedy(self, ids: list[int], n: int, stop: bool) -> list[int]:
         self.clear()
