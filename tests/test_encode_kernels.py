@@ -1,0 +1,109 @@
+"""The compiled encoders give the bytes of the NumPy definition, which test_blocks_encode.py holds against ggml."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from ggufkit_formats.blocks import find
+from ggufkit_formats.errors import FormatError, UnsupportedError
+from ggufkit_kernels.cpu.encode import ENCODERS, PIECE, encode
+from ggufkit_kernels.cpu.encode_number import half_bits, half_value
+from nasty_weights import COLS, finite_rows, large_rows
+
+NAMES = list(ENCODERS)
+ROWS = {name: rows.astype(np.float32) for name, rows in finite_rows(seed=5)}
+ALL_ROWS = np.concatenate(list(ROWS.values()))
+
+
+def test_every_k_type_and_every_common_legacy_type_has_a_kernel():
+    assert set(NAMES) == {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bytes_of_the_definition(name):
+    ours, definition = encode(name, ALL_ROWS), find(name).encode(ALL_ROWS)
+    start = 0
+    for what, rows in ROWS.items():
+        part = slice(start, start + len(rows))
+        different = np.flatnonzero((ours[part] != definition[part]).any(axis=1))
+        assert not len(different), f"{name}, {what}: rows {different[:5]} of {len(rows)}"
+        start += len(rows)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_refuses_exactly_what_the_definition_refuses(name):
+    t = find(name)
+    for x in list(large_rows())[::7]:
+        rows = np.concatenate([ROWS["normal"][:3], x])
+        try:
+            definition = t.encode(rows)
+        except FormatError as error:
+            with pytest.raises(FormatError, match=str(error)):
+                encode(t, rows)
+        else:
+            np.testing.assert_array_equal(encode(t, rows), definition)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_number_of_rows_and_any_shape(name):
+    t = find(name)
+    x = ROWS["every magnitude"]
+    whole = t.encode(x)
+    for rows in (0, 1, 2, 3, 5, 7, 9, 17):
+        np.testing.assert_array_equal(encode(t, x[:rows], threads=3), whole[:rows])
+    np.testing.assert_array_equal(encode(t, x[:6].reshape(2, 3, COLS)), whole[:6].reshape(2, 3, -1))
+    np.testing.assert_array_equal(encode(t, x[5].astype(np.float64)), whole[5])
+    np.testing.assert_array_equal(encode(t, np.asfortranarray(x[:40])), whole[:40])
+    wide = x[:12].reshape(3, 4 * COLS)
+    np.testing.assert_array_equal(encode(t, wide), t.encode(wide))
+
+
+def test_many_callers_with_many_threads():
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((3 * PIECE // COLS + 5, COLS)).astype(np.float32)
+    one = {name: encode(name, x, threads=1) for name in ("Q4_K", "Q6_K", "Q8_0")}
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [(name, pool.submit(encode, name, x, None, threads)) for threads in (2, 3) for name in one]
+        for name, job in jobs:
+            np.testing.assert_array_equal(job.result(), one[name])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_one_bad_weight_far_behind_is_found(threads):
+    x = np.ones((3 * PIECE // COLS, COLS), np.float32)
+    x[-1, -1] = np.nan
+    with pytest.raises(FormatError, match="NaN or infinite weights cannot be quantized to Q4_K"):
+        encode("q4_k", x, threads=threads)
+    x[-1, -1] = 1e30
+    with pytest.raises(FormatError, match="weights are too large for Q4_K: scale not finite in float16"):
+        encode("q4_k", x, threads=threads)
+
+
+def test_types_without_a_kernel_and_wrong_arguments():
+    x = ROWS["normal"]
+    for name in ("F16", "BF16", "Q8_1", "Q8_K"):
+        np.testing.assert_array_equal(encode(name, x), find(name).encode(x))
+    with pytest.raises(FormatError, match="Q4_K needs rows divisible by 256, not 255"):
+        encode("q4_k", x[:, :-1])
+    with pytest.raises(UnsupportedError, match="importance"):
+        encode("q4_k", x, importance=np.ones(COLS, np.float32))
+    with pytest.raises(UnsupportedError, match="did you mean"):
+        encode("q4_q", x)
+
+
+def test_half_precision():
+    halves = np.arange(1 << 16, dtype=np.uint16)
+    values = halves.view(np.float16).astype(np.float32)
+    for bits, value in zip(halves, values, strict=True):
+        ours = half_value(np.uint32(bits))
+        assert ours == value or (np.isnan(ours) and np.isnan(value))
+    rng = np.random.default_rng(4)
+    finite = np.sort(values[np.isfinite(values)])
+    x = np.concatenate([finite, np.nextafter(finite, np.float32(9e9)), np.nextafter(finite, np.float32(-9e9))])
+    x = np.concatenate([x, (finite[1:] + finite[:-1]) / 2, rng.integers(0, 1 << 32, 20000, np.uint32).view(np.float32)])
+    x = rng.permutation(x[~np.isnan(x)])[:60000]
+    with np.errstate(over="ignore"):
+        expected = x.astype(np.float16).view(np.uint16)
+    assert [half_bits(v) for v in x] == expected.tolist()
