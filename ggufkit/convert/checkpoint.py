@@ -43,7 +43,7 @@ def read(path: Path, name: str | None = None, pre_tokenizer: str | None = None) 
     if not isinstance(classes, list) or not classes or not isinstance(classes[0], str):
         raise FormatError(f"{config_path}: 'architectures' does not name a model class")
     module = by_hf_class(classes[0])
-    config = module.config_from_hf(settings)
+    config = module.config_from_hf(_with_defaults(settings))
     notes = [f"config.json: {note}" for note in config.notes]
     name = name or _name(path)
     checkpoint = safetensors.open(path)
@@ -58,6 +58,15 @@ def read(path: Path, name: str | None = None, pre_tokenizer: str | None = None) 
         raise
     facts = ModelFacts(module.ARCH, config.n_layers, config.n_heads, config.n_kv_heads)
     return Job(str(path), name, metadata, inputs, facts, checkpoint.close, notes=notes)
+
+
+def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the head size that transformers fills in where config.json has none (and llama.cpp writes)."""
+    kind, dim, heads = (settings.get(key) for key in ("model_type", "hidden_size", "num_attention_heads"))
+    if settings.get("head_dim") is not None or not isinstance(dim, int) or not isinstance(heads, int) or heads < 1:
+        return settings
+    defaults = {"llama": dim // heads, "mistral": dim // heads, "qwen3": 128}
+    return settings | ({"head_dim": defaults[kind]} if kind in defaults else {})
 
 
 def match(specs: list[Any], tensors: Mapping[str, Tensor], where: str, settings: Mapping[str, Any]) -> list[Input]:
