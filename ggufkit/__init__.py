@@ -12,6 +12,8 @@ Importing this package loads NumPy and no more; the rest comes when it is called
 from __future__ import annotations
 
 import os
+import sys
+import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -95,3 +97,14 @@ def convert(
     from .convert import convert as run
 
     return run(source, type, output, **options)
+
+
+class _Package(types.ModuleType):
+    """Keeps the functions `convert` and `quantize`: importing the subpackages of these names would replace them."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("convert", "quantize") or not isinstance(value, types.ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
