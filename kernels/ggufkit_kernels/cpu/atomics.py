@@ -77,6 +77,19 @@ def pause(typingctx: Any) -> Any:
 
 
 @intrinsic
+def give_way(typingctx: Any) -> Any:
+    """Let another thread have the processor, if one waits for it (nothing on Windows)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if "windows" not in builder.module.triple:
+            fnty = ir.FunctionType(ir.IntType(32), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, fnty, "sched_yield"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
 def call(typingctx: Any, function: Any, args_at: Any, item: Any, worker: Any) -> Any:
     """Call the compiled kernel at an address with (args, item, worker)."""
 

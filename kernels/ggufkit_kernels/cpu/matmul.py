@@ -163,10 +163,11 @@ def quantize_inputs(span: int, unit: int) -> int:
     return address_of(quantize_inputs)
 
 
-def prep_kernel(layout: Layout) -> int:
-    """The kernel that quantizes the inputs for a layout."""
+def prep_kernel(layout: Layout) -> tuple[int, int, int]:
+    """The kernel that quantizes the inputs for a layout, and its span and unit (0: no starts, no sums)."""
     span = layout.span if layout.values == "codes" and layout.offset else 0
-    return quantize_inputs(span, layout.unit if layout.minimum else 0)
+    unit = layout.unit if layout.minimum else 0
+    return quantize_inputs(span, unit), span, unit
 
 
 def matmul_kernel(layout: Layout, tokens: int) -> int:

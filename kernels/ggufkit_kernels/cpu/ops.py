@@ -7,7 +7,6 @@ kernels of one team take turns.
 from __future__ import annotations
 
 import struct
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -26,13 +25,14 @@ from .matmul import (
 )
 from .pack import Packed, pack
 from .simd import LANES
-from .team import default_threads, team
+from .team import address, default_threads, program, team
 
 __all__ = ["CpuCache", "CpuOps", "CpuWeight", "default_threads"]
 
 TOKEN_BLOCK_NBYTES = 128 << 10  # int8 inputs that an item goes over again and again: they stay in the L2 cache
 ITEM_VALUES = 16384  # values that elementwise kernels take at a time
 FIRST_POSITIONS = 256  # of a new cache
+NOTHING = [0, 0, 0, 0]
 
 
 def float_bits(x: float) -> int:
@@ -40,37 +40,56 @@ def float_bits(x: float) -> int:
     return struct.unpack("<i", struct.pack("<f", x))[0]
 
 
-def address(x: np.ndarray) -> int:
-    return x.ctypes.data
+class Plan:
+    """How a weight is multiplied with n tokens: the program's words up to the call's own, and its scratch."""
+
+    def __init__(self, packed: Packed, n: int, threads: int):
+        layout, cols, strips = packed.layout, packed.padded_cols, packed.strips
+        plain = layout.is_plain
+        tile = PLAIN_TOKENS if plain else TOKENS
+        tile = tile if n >= tile else 1
+        tokens_per_item = max(tile, TOKEN_BLOCK_NBYTES // (cols * (4 if plain else 1)) // tile * tile)
+        token_items = -(-n // tokens_per_item)
+        # About four items a thread, so that one that comes late does not hold up the others
+        parts = 1 if threads == 1 else max(1, 4 * threads // token_items)
+        per_item = max(1, -(-strips // parts), min(4, strips))
+        strip_items = -(-strips // per_item)
+        prep_tokens = max(1, 8192 // cols)
+        steps = [(matmul_kernel(layout, tile), strip_items * token_items)]
+        # int8 inputs, their scales, starts and sums, each at a multiple of 64 bytes of the scratch
+        sizes: list[int] = []
+        if not plain:
+            prep, span, unit = prep_kernel(layout)
+            steps.insert(0, (prep, -(-n // prep_tokens)))
+            sizes = [n * cols, n * cols // 8, n * cols // span * 4 if span else 0, n * cols // unit * 4 if unit else 0]
+        self.sections = []
+        self.scratch_nbytes = 0
+        for nbytes in sizes:
+            self.sections.append(self.scratch_nbytes)
+            self.scratch_nbytes += -(-nbytes // 64) * 64
+        self.shared = any(items > 1 for _, items in steps)
+        self.head = program(steps) + weight_words(packed)
+        self.tail = [per_item, tokens_per_item, strip_items, prep_tokens]
 
 
 class CpuWeight:
-    """A packed matrix with its kernels, which are compiled when first needed."""
+    """A packed matrix. Kernels are compiled when first needed."""
 
     def __init__(self, packed: Packed):
         self.packed = packed
         self.shape = packed.shape
         self.nbytes = packed.nbytes
-        self.words = weight_words(packed)
-        self.tile = PLAIN_TOKENS if packed.layout.is_plain else TOKENS
-        self._kernels: dict[int, int] = {}
-        self._prep = 0
-        layout = packed.layout
-        self.span = layout.span if layout.values == "codes" and layout.offset else 0
-        self.unit = layout.unit if layout.minimum else 0
+        self._plans: dict[tuple[int, int], Plan] = {}
 
-    def kernel(self, tokens: int) -> int:
-        """The address of the kernel for tiles of `tokens`."""
-        if tokens not in self._kernels:
-            self._kernels[tokens] = matmul_kernel(self.packed.layout, tokens)
-        return self._kernels[tokens]
-
-    @property
-    def prep(self) -> int:
-        """The address of the kernel that quantizes the inputs."""
-        if not self._prep:
-            self._prep = prep_kernel(self.packed.layout)
-        return self._prep
+    def plan(self, n: int, threads: int) -> Plan:
+        """The plan for n tokens; that for one token is kept, and the last other one."""
+        found = self._plans.get((n, threads))
+        if found is None:
+            found = Plan(self.packed, n, threads)
+            for key in [key for key in list(self._plans) if key[0] > 1]:
+                self._plans.pop(key, None)
+            self._plans[n, threads] = found
+        return found
 
 
 class CpuCache:
@@ -129,7 +148,8 @@ class CpuOps:
             raise UsageError(f"{threads} threads: at least 1 is needed")
         self.threads = threads or default_threads()
         self.team = team(self.threads)
-        self._tables: OrderedDict[tuple, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        nothing = np.empty((0, 0), np.float32)
+        self._last_rotations: tuple = (None, (0, 0, 0.0), (nothing, nothing))
 
     # -- weights -----------------------------------------------------------------------------------
 
@@ -162,7 +182,7 @@ class CpuOps:
         words = [address(ids), len(ids), address(out), cols, packed.padded_cols, layout.block, layout.group]
         words += [layout.bits, SCALES[layout.scale], layout.minimum, levels, number, 16]
         kernel = elementwise.embed_plain if layout.is_plain else elementwise.embed_codes
-        self.team.run([(kernel.address, -(-len(ids) // 16))], weight.words + words)
+        self.team.run([(kernel.address, -(-len(ids) // 16))], weight_words(packed) + words)
         return out
 
     def matmul(self, weight: CpuWeight, x: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
@@ -175,8 +195,7 @@ class CpuOps:
         out = np.empty((n, rows), np.float32)
         if n == 0:
             return out
-        packed = weight.packed
-        padded = packed.padded_cols
+        padded = weight.packed.padded_cols
         if padded != cols:
             x = np.pad(x, ((0, 0), (0, padded - cols)))
         bias_at = 0
@@ -187,35 +206,12 @@ class CpuOps:
             if rows % LANES:
                 bias = np.pad(bias, (0, -rows % LANES))
             bias_at = address(bias)
-        tile = weight.tile if n >= weight.tile else 1
-        token_block = max(tile, TOKEN_BLOCK_NBYTES // (padded * (4 if packed.layout.is_plain else 1)) // tile * tile)
-        token_items = -(-n // token_block)
-        strips = packed.strips
-        # About four items a thread, so that one that comes late does not hold up the others
-        parts = 1 if self.threads == 1 else max(1, 4 * self.threads // token_items)
-        per_item = max(1, -(-strips // parts), min(4, strips))
-        strip_items = -(-strips // per_item)
-        with self.team.lock:
-            steps = [(weight.kernel(tile), strip_items * token_items)]
-            sections = [0, 0, 0, 0]
-            prep_tokens = 1
-            if not packed.layout.is_plain:
-                prep_tokens = max(1, 8192 // padded)
-                steps.insert(0, (weight.prep, -(-n // prep_tokens)))
-                sections = self._inputs_scratch(weight, n, padded)
-            words = [address(x), n, address(out), bias_at, *sections, per_item, token_block, strip_items, prep_tokens]
-            self.team.run(steps, weight.words + words)
-        return out
-
-    def _inputs_scratch(self, weight: CpuWeight, n: int, cols: int) -> list[int]:
-        """Addresses for the quantized inputs, their scales, starts and sums."""
-        sizes = (n * cols, n * cols // 8, n * cols // weight.span * 4 if weight.span else 0)
-        sizes += (n * cols // weight.unit * 4 if weight.unit else 0,)
-        at = self.team.scratch(sum(sizes) + 64 * len(sizes))
-        out = []
-        for nbytes in sizes:
-            out.append(at)
-            at += -(-nbytes // 64) * 64
+        team, plan = self.team, weight.plan(n, self.threads)
+        with team.lock:
+            base = team.scratch(plan.scratch_nbytes)
+            sections = [base + offset for offset in plan.sections] or NOTHING
+            call = [address(x), n, address(out), bias_at, *sections]
+            team.run_words(plan.head + call + plan.tail, plan.shared)
         return out
 
     # -- the rest ----------------------------------------------------------------------------------
@@ -240,22 +236,20 @@ class CpuOps:
         pairs = len(freqs)
         if 2 * pairs > head_dim:
             raise UsageError(f"{pairs} pairs do not fit a head of {head_dim}")
-        cos, sin = self._rotations(start, n, np.asarray(freqs), scale)
+        cos, sin = self._rotations(start, n, freqs, scale)
         per_item = max(1, ITEM_VALUES // (heads * head_dim))
         words = [address(x), address(cos), address(sin), n, heads, head_dim, pairs, int(interleaved), per_item]
         self.team.run([(elementwise.rope.address, -(-n // per_item))], words)
         return x
 
     def _rotations(self, start: int, n: int, freqs: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
-        """Cosines and sines (n, pairs), float32; the last few are kept, since every layer asks for the same."""
-        key = (start, n, freqs.tobytes(), scale)
-        found = self._tables.get(key)
-        if found is None:
-            angle = np.arange(start, start + n)[:, None] * freqs.astype(np.float64)
-            found = ((scale * np.cos(angle)).astype(np.float32), (scale * np.sin(angle)).astype(np.float32))
-            self._tables[key] = found
-            while len(self._tables) > 4:
-                self._tables.popitem(last=False)
+        """Cosines and sines (n, pairs), float32. The last are kept: every layer asks for the same twice."""
+        last = self._last_rotations
+        if last[0] is freqs and last[1] == (start, n, scale):
+            return last[2]
+        angle = np.arange(start, start + n)[:, None] * np.asarray(freqs, dtype=np.float64)
+        found = ((scale * np.cos(angle)).astype(np.float32), (scale * np.sin(angle)).astype(np.float32))
+        self._last_rotations = (freqs, (start, n, scale), found)
         return found
 
     def attend(
@@ -300,7 +294,8 @@ class CpuOps:
         x, y = values(x), values(y)
         if x.shape != y.shape:
             raise UsageError(f"shapes {x.shape} and {y.shape} differ")
-        words = [address(x), address(y), address(x), x.size, ITEM_VALUES]
+        at = address(x)
+        words = [at, address(y), at, x.size, ITEM_VALUES]
         self.team.run([(kernel, -(-x.size // ITEM_VALUES))], words)
         return x
 

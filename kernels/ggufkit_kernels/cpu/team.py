@@ -17,15 +17,17 @@ Why not Numba's prange: on OpenMP a launch costs 1.6 µs, but where libgomp is m
 
 from __future__ import annotations
 
+import ctypes
 import os
+import struct
 import threading
-from array import array
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from .atomics import add_atomic, call, load_acquire, pause, store_release, swap_if
+from .atomics import add_atomic, call, give_way, load_acquire, pause, store_release, swap_if
 from .jit import kernel
 from .simd import get_i64
 
@@ -35,6 +37,14 @@ MAIL_WORDS = 32
 LOW = 0xFFFFFFFF  # as the next item: closed, nothing to take
 SPINS = 20_000  # rounds without work, ~40 ns each, before a worker sleeps
 SIGNATURE = "void(int64, int64, int64)"
+
+
+@kernel
+def wait(rounds):
+    """One round of waiting: a pause, and after many rounds the processor for others, who may be awaited."""
+    pause()
+    if rounds > 1000 and rounds % 16 == 0:
+        give_way()
 
 
 @kernel
@@ -51,8 +61,8 @@ def serve(mail, worker, spins):
                 add_atomic(mail + 128, 1)
                 idle = 0
                 continue
-        pause()
         idle += 1
+        wait(idle)
 
 
 @kernel
@@ -80,8 +90,10 @@ def run_program(mail, program, alone):
             if swap_if(mail, ticket, ticket + 1):
                 call(function, args, item, 0)
                 add_atomic(mail + 128, 1)
+        waited = 0
         while load_acquire(mail + 128) < items:
-            pause()
+            waited += 1
+            wait(waited)
         # Closed: no worker may take an item while the next kernel's words are written.
         store_release(mail, opened | 0xFFFFFFFF)
 
@@ -113,6 +125,27 @@ def lazy(function: Callable) -> Lazy:
     return Lazy(kernel(function))
 
 
+def address(x: np.ndarray) -> int:
+    """Where an array's first element is. (`x.ctypes.data` says the same, five times as slowly.)"""
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(x))
+    except (TypeError, ValueError):  # read-only or empty
+        return x.ctypes.data
+
+
+def program(steps: Sequence[tuple[int, int]]) -> list[int]:
+    """The head of a program whose kernels (address, items) share the words that follow it."""
+    head = [len(steps)]
+    for function, items in steps:
+        head += (function, 1 + 3 * len(steps), items)
+    return head
+
+
+@cache
+def _packer(count: int) -> Callable[..., None]:
+    return struct.Struct(f"{count}q").pack_into
+
+
 class Team:
     """`threads` threads, the caller being one. Made by `team`, one a number of threads."""
 
@@ -125,31 +158,40 @@ class Team:
         self._words[0] = LOW
         self._mail: int = self._words.ctypes.data
         self._asleep: list[threading.Semaphore] = []
-        self._scratch = np.empty(0, np.uint8)
+        self._scratch, self._scratch_at = np.empty(0, np.uint8), 0
+        self._reserve(64)
         self._started = False
 
     def run(self, steps: Sequence[tuple[int, int]], args: Sequence[int]) -> None:
         """Run kernels (address, items) one after the other, all with the same int64 words `args`."""
-        head = 1 + 3 * len(steps)
-        words = array("q", [len(steps)])
-        for function, items in steps:
-            words.extend((function, head, items))
-        words.extend(args)
-        alone = self.threads == 1 or all(items == 1 for _, items in steps)
+        self.run_words([*program(steps), *args], max(items for _, items in steps) > 1)
+
+    def run_words(self, words: list[int], shared: bool) -> None:
+        """Run the program in `words`; `shared`: some of its kernels have more than one item."""
         with self.lock:
+            if len(words) > self._capacity:
+                self._reserve(len(words))
+            _packer(len(words))(self._program, 0, *words)
+            alone = not shared or self.threads == 1
             if not alone:
                 if not self._started:
                     self._start()
                 while self._asleep:
                     self._asleep.pop().release()
-            run_program(self._mail, words.buffer_info()[0], alone)
+            run_program(self._mail, self._program_at, alone)
+
+    def _reserve(self, words: int) -> None:
+        self._program = np.zeros(2 * words, np.int64)
+        self._program_at = address(self._program)
+        self._capacity = 2 * words
 
     def scratch(self, nbytes: int) -> int:
         """The address of at least `nbytes` bytes, 64-aligned. The caller holds `lock` while it uses them."""
         if self._scratch.nbytes < nbytes + 64:
             self._scratch = np.empty(max(nbytes + 64, 2 * self._scratch.nbytes), np.uint8)
-        at = self._scratch.ctypes.data
-        return at + -at % 64
+            at = address(self._scratch)
+            self._scratch_at = at + -at % 64
+        return self._scratch_at
 
     def _start(self) -> None:
         self._started = True
