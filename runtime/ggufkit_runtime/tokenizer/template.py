@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import operator
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -131,14 +130,19 @@ def operate(budget: Budget, sign: str, left: Any, right: Any) -> Any:
             budget.weighed(right)
         return budget.counted(left % right)
     if sign == "*":
-        if isinstance(left, int) and isinstance(right, int):
-            if left.bit_length() + right.bit_length() > 10_000:
-                raise TemplateError("chat template: a product that is too large")
-        else:
-            per_item = 1 if isinstance(left, str) or isinstance(right, str) else ITEM
-            budget.allow(per_item * extent(left) * extent(right))
-        return budget.counted(operator.mul(left, right))
+        return multiply(budget, left, right)
     return budget.counted(left + right)
+
+
+def multiply(budget: Budget, left: Any, right: Any) -> Any:
+    numbers = [x for x in (left, right) if isinstance(x, int)]
+    texts = [x for x in (left, right) if isinstance(x, str)]
+    if len(numbers) == 2:
+        if sum(n.bit_length() for n in numbers) > 10_000:
+            raise TemplateError("chat template: a product that is too large")
+    else:
+        budget.allow((1 if texts else ITEM) * extent(left) * extent(right))
+    return budget.counted(left * right)
 
 
 def raise_exception(message: str) -> None:
