@@ -143,8 +143,7 @@ class Model:
 
     def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation by the file's chat template, ready for the assistant's answer."""
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        return self.tokenizer.encode(text, add_special=True, parse_special=True)
+        return self.tokenizer.encode_chat(messages)
 
 
 @dataclass
@@ -169,6 +168,7 @@ class Session:
     context_full: bool = False
     generated: list[int] = field(default_factory=list)
     last_logits: np.ndarray | None = None
+    progress: Callable[[int, int], None] | None = None  # told (tokens read, tokens in all) while a prompt is read
 
     def __post_init__(self) -> None:
         self.cache = self.model.cache(self.n_ctx)
@@ -234,6 +234,8 @@ class Session:
         logits = np.empty(0, np.float32)
         for i in range(common, len(ids), N_BATCH):
             logits = self._advance(ids[i : i + N_BATCH])
+            if self.progress is not None:
+                self.progress(len(self.tokens) - common, len(ids) - common)
         self.timings.prompt_tokens = len(ids) - common
         self.timings.prompt_s = time.perf_counter() - began
         return logits
