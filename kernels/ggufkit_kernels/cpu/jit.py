@@ -33,7 +33,7 @@ import numba.core.event
 import platformdirs
 from numba import prange
 
-__all__ = ["CACHE_DIR", "kernel", "parallel", "prange", "set_notice"]
+__all__ = ["CACHE_DIR", "compiled", "kernel", "parallel", "prange", "set_notice"]
 
 KEEP = 6  # digest folders that stay; others go once they were unused for an hour
 UNUSED_SECONDS = 3600
@@ -160,6 +160,12 @@ def _to_stderr(line: str) -> None:
 
 
 _notice: Callable[[str], None] | None = _to_stderr
+_compiled = False
+
+
+def compiled() -> bool:
+    """Whether a kernel had to be compiled in this process, because the disk cache had it not."""
+    return _compiled
 
 
 def set_notice(say: Callable[[str], None] | None) -> None:
@@ -172,10 +178,13 @@ class _Listener(numba.core.event.Listener):
     """Hears of each compilation that the disk cache could not answer."""
 
     def on_start(self, event: numba.core.event.Event) -> None:
-        global _notice
+        global _notice, _compiled
         dispatcher = event.data.get("dispatcher") if isinstance(event.data, dict) else None
         module = getattr(getattr(dispatcher, "py_func", None), "__module__", "") or ""
-        if _notice is None or not module.startswith("ggufkit_kernels."):
+        if not module.startswith("ggufkit_kernels."):
+            return
+        _compiled = True
+        if _notice is None:
             return
         say, _notice = _notice, None
         how = "once" if CACHE_DIR else "and there is no writable folder to keep them in"
