@@ -6,7 +6,7 @@
     m = ggufkit.load("model.gguf")             # m.generate, m.chat, m.logits, m.tokenizer
     ggufkit.convert("checkpoint/", "q4_k", "out.gguf")
 
-Importing this package loads NumPy and no more; the rest comes when it is called.
+Importing this package loads none of its parts, and not NumPy; they come when they are called.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from ggufkit_formats.errors import FormatError, GgufkitError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
     from ggufkit_runtime.generate import Model
 
     from .convert import Report
@@ -73,6 +73,7 @@ def quantize(array: Any, type: str, importance: Any = None, threads: int | None 
     `importance` is one weight per column, (cols,), or None. Raises FormatError where the type's blocks do not
     divide the rows, or where the values have no finite scale.
     """
+    import numpy as np
     from ggufkit_formats import blocks
     from ggufkit_kernels.cpu.encode import encode
 
@@ -81,6 +82,7 @@ def quantize(array: Any, type: str, importance: Any = None, threads: int | None 
 
 def dequantize(raw: Any, type: str) -> np.ndarray:
     """uint8 array (…, bytes per row) -> float32 array (…, cols), bit for bit as ggml decodes it."""
+    import numpy as np
     from ggufkit_formats import blocks
 
     return blocks.find(type).decode(np.asarray(raw))
