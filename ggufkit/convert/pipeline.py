@@ -23,6 +23,8 @@ MEMORY = 320 << 20  # bytes that slabs in flight may take, all together
 PER_WEIGHT = 16  # bytes that a weight takes on its way: as read, as float32 twice, as written
 LARGEST = 1 << 22  # weights in a slab; more gains nothing
 
+_LARGEST_FINITE = {"F16": 0x7BFF, "BF16": 0x7F7F}  # bits without the sign
+
 Progress = Callable[[int, int], None]  # bytes of the source done, bytes in all
 Step = Callable[[], np.ndarray]
 
@@ -114,10 +116,11 @@ def encode(kind: TensorType, x: np.ndarray) -> np.ndarray:
 
 def check_plain(kind: TensorType, raw: np.ndarray, x: np.ndarray | None = None) -> None:
     """Refuse NaN and infinities among plain numbers (uint8 bytes of `kind`)."""
-    if kind.name not in ("F32", "F16", "BF16", "F64"):
-        return
-    values = kind.decode(raw) if kind.name == "BF16" else raw.view(kind.fields)
-    if np.isfinite(values).all():
+    if kind.name in _LARGEST_FINITE:
+        magnitudes = raw.view(np.uint16) & np.uint16(0x7FFF)  # ten times as fast as isfinite on halves
+        if not magnitudes.size or magnitudes.max() <= _LARGEST_FINITE[kind.name]:
+            return
+    elif kind.name not in ("F32", "F64") or np.isfinite(raw.view(kind.fields)).all():
         return
     if x is not None and np.isfinite(x).all():
         raise FormatError(f"weights up to {np.abs(x).max():.6g} are too large for {kind.name}")
