@@ -6,7 +6,8 @@ from typing import Any
 
 import llvmlite.ir as ir
 from numba.core import cgutils, types
-from numba.extending import intrinsic
+
+from .simd import intrinsic
 
 I64 = ir.IntType(64)
 address = types.int64

@@ -118,7 +118,13 @@ def canonical(quants: Quants) -> Quants | None:
         values = quants.codebook
         if not _are_bytes(values):
             return None
-        quants = replace(quants, codes=(values[quants.codes] + 128).astype(np.uint8), bits=8, offset=128, codebook=None)
+        quants = replace(
+            quants,
+            codes=(values.astype(np.int16) + 128).astype(np.uint8)[quants.codes],
+            bits=8,
+            offset=128,
+            codebook=None,
+        )
     if block % 32 or (group != 16 and group % 32):
         # One d for each 16 weights. The formula's first step, d * scale in float32, is done here instead.
         times = group // 16

@@ -18,10 +18,12 @@ from typing import Any
 
 import llvmlite.ir as ir
 from numba.core import cgutils, config, types
-from numba.core.datamodel import PrimitiveModel, register_default
+from numba.core.datamodel.models import PrimitiveModel
+from numba.core.datamodel.registry import register_default
 from numba.core.registry import cpu_target
-from numba.extending import intrinsic
+from numba.extending import intrinsic as _intrinsic
 
+intrinsic: Any = _intrinsic  # what it returns is called with values in kernels, without the context
 LANES = 8  # rows that are packed side by side
 QUAD = 4 * LANES  # bytes of a vector
 
@@ -72,9 +74,10 @@ AVX2_NAMES = ("haswell", "broadwell", "skylake", "znver", "x86-64-v3", "x86-64-v
 
 def compiled_features() -> frozenset[str]:
     """The instruction sets among avx2, f16c that Numba compiles for (not: that the processor has)."""
-    text = cpu_target.target_context.codegen()._tm_features or ""
+    context: Any = cpu_target.target_context
+    text = context.codegen()._tm_features or ""
     found = {name for name in ("avx2", "f16c") if f"+{name}" in text.split(",")}
-    if (config.CPU_NAME or "").startswith(AVX2_NAMES):
+    if (getattr(config, "CPU_NAME", None) or "").startswith(AVX2_NAMES):
         found |= {"avx2", "f16c"}
     return frozenset(found)
 
@@ -332,23 +335,18 @@ def _pointwise(name: str, result: types.Type, operands: tuple[types.Type, ...], 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return make(builder, *args)
 
-    if len(operands) == 1:
+    def typed(typingctx: Any, a: Any) -> Any:
+        return result(*operands), codegen
 
-        def typed(typingctx: Any, a: Any) -> Any:
-            return result(*operands), codegen
+    def typed2(typingctx: Any, a: Any, b: Any) -> Any:
+        return result(*operands), codegen
 
-    elif len(operands) == 2:
+    def typed3(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+        return result(*operands), codegen
 
-        def typed(typingctx: Any, a: Any, b: Any) -> Any:
-            return result(*operands), codegen
-
-    else:
-
-        def typed(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
-            return result(*operands), codegen
-
-    typed.__name__ = typed.__qualname__ = name
-    return intrinsic(typed)
+    function = (typed, typed2, typed3)[len(operands) - 1]
+    function.__name__ = function.__qualname__ = name
+    return intrinsic(function)
 
 
 def _exp(builder: Any, x: Any) -> Any:

@@ -10,7 +10,6 @@ from typing import Any
 
 import llvmlite.ir as ir
 from numba.core import types
-from numba.extending import intrinsic
 
 from .simd import (
     FLOAT,
@@ -42,6 +41,7 @@ from .simd import (
     address,
     f32,
     i32,
+    intrinsic,
     u8,
 )
 
