@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
@@ -104,3 +108,9 @@ def test_shapes(t):
     assert t.decode(raw[:0]).shape == (0, 3, 2 * t.block)
     with pytest.raises(FormatError, match=f"{t.name} rows are multiples of {t.block_nbytes} bytes"):
         t.decode(raw[..., :-1])
+
+
+def test_the_documentation_is_made_from_the_classes():
+    tool = Path(__file__).parents[1] / "tools/block_docs.py"
+    done = subprocess.run([sys.executable, tool, "--check"], check=False)
+    assert done.returncode == 0, "python tools/block_docs.py was not run after a change"

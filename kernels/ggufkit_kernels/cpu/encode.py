@@ -4,8 +4,7 @@ The kernels stand in encode_ranged.py (Q2_K, Q4_K, Q5_K), encode_signed.py (Q3_K
 take pieces of about a megabyte of float32 from a common list, so the extra memory does not grow with the
 input, and nothing is shared between calls: any number of Python threads may encode at once.
 
-Million weights a second of one thread (two of them: twice that), Zen 3, beside the NumPy definition:
-see docs/formats/blocks.md.
+Speeds of all types, beside ggml's and the definition's, stand in docs/formats/blocks.md.
 """
 
 from __future__ import annotations

@@ -7,6 +7,9 @@ are taken together, which keeps the running sums in registers for that long. The
 is a constant, so that LLVM sees which rows cannot overlap (it gives up at 8 checks at run time), and sums that
 are an index are cast to unsigned, which spares Numba's test for negative ones (with it nothing is vectorised).
 
+Tried on Q4_K, one thread of a Zen 3 (million weights a second): LANES 32, 64, 128: 49, 63, 52; STRIP 2, 4, 8: 62, 63,
+56; the same loops with signed indices, not vectorised: 17. With explicit vectors more is possible.
+
 Nothing is kept of a code that was tried, only the scale and minimum that gave the best ones: the final codes follow
 from the stored scales anyway, except in groups whose scale became 0.
 """
