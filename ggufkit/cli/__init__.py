@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import signal
@@ -9,7 +10,7 @@ import sys
 from typing import Any, NoReturn
 
 import click
-from ggufkit_formats.errors import GgufkitError, UsageError
+from ggufkit_formats.errors import UsageError
 
 # name -> one line of help, shown without importing the command's file
 COMMANDS = {
@@ -66,10 +67,16 @@ def main(args: list[str] | None = None) -> NoReturn:
     """Entry point of the `ggufkit` command: every failure is one line on stderr and an exit status."""
     if hasattr(signal, "SIGTERM"):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever called
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123
+        stream = getattr(sys, name)
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    sys.exit(_run(args))
+            stream.reconfigure(errors="backslashreplace")
+    status = _run(args)
+    _let_go(sys.stdout)
+    _let_go(sys.stderr)
+    sys.exit(status)
 
 
 def _run(args: list[str] | None) -> int:
@@ -86,30 +93,33 @@ def _run(args: list[str] | None) -> int:
             return 2
         hint = f" (see {context.command_path} --help)" if context is not None else ""
         return _fail(error.format_message().rstrip(".") + hint, 2)
-    except (KeyboardInterrupt, click.Abort):
-        sys.stderr.write("\n")
+    except KeyboardInterrupt:
         return 130
-    except UsageError as error:
-        return _fail(error, 2)
-    except GgufkitError as error:
-        return _fail(error, 1)
+    except click.Abort as error:  # click's word for Ctrl-C, and for an EOFError, which is none of the user's
+        return 130 if not isinstance(error.__cause__, EOFError) else _fail(error.__cause__, 1)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader is gone: nothing to flush to
-        return 1
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}", 1)
-    except MemoryError:
-        return _fail("out of memory", 1)
+        return 1  # the reader has what it wanted, as with `| head`: nothing to say
     except Exception as error:
-        return _fail(f"internal error: {type(error).__name__}: {error} (GGUFKIT_DEBUG=1 shows where)", 1)
+        return _fail(error, 2 if isinstance(error, UsageError) else 1)
 
 
-def _fail(error: object, status: int) -> int:
+def _fail(error: Exception | str, status: int) -> int:
+    from . import screen
+
     if os.environ.get("GGUFKIT_DEBUG"):
         import traceback
 
         traceback.print_exc()
-    text = " ".join(str(error).split())
-    sys.stderr.write(f"error: {''.join(c if c.isprintable() else '?' for c in text)}\n")
+    text = screen.one_line(error) if isinstance(error, str) else screen.describe(error)
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"error: {text}\n")
     return status
+
+
+def _let_go(stream: Any) -> None:
+    """Flush a stream, or where nobody takes what it holds, throw that away: Python's own flush would complain."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -6,6 +6,7 @@ import dataclasses
 import sys
 
 import click
+from ggufkit_formats.errors import UsageError
 
 from . import screen
 
@@ -13,8 +14,10 @@ from . import screen
 @click.command(name="bench", short_help="Measure tokens per second.")
 @screen.model_option
 @screen.hf_option
-@click.option("-p", "--n-prompt", default=512, show_default=True, metavar="N", help="Tokens of the prompt; 0 for none.")
-@click.option("-n", "--n-gen", default=128, show_default=True, metavar="N", help="Tokens to generate; 0 for none.")
+@click.option("-p", "--n-prompt", type=click.IntRange(0), default=512, show_default=True, metavar="N",
+              help="Tokens of the prompt; 0 for none.")  # fmt: skip
+@click.option("-n", "--n-gen", type=click.IntRange(0), default=128, show_default=True, metavar="N",
+              help="Tokens to generate; 0 for none.")  # fmt: skip
 @click.option(
     "-r",
     "--repetitions",
@@ -34,8 +37,11 @@ def command(model: str | None, hf: str | None, n_prompt: int, n_gen: int, repeti
 
     from ..quantize import file_types
 
-    loaded = screen.load(model or (f"hf:{hf}" if hf else None), device, threads)
-    with screen.Progress("bench", 1, unit=lambda n: f"{n:.2f} runs") as bar:
+    if n_prompt == n_gen == 0:
+        raise UsageError("nothing to measure: -p and -n are both 0")
+    loaded = screen.load(screen.model_name(model, hf), device, threads)
+    with screen.Progress("bench", 1, unit=lambda n: f"{n:.2f} runs", patience=0) as bar:
+        bar(0)
 
         def progress(done: int, total: int) -> None:
             bar.total = total

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
-from ggufkit_formats.errors import FormatError
 
 from . import screen
 
@@ -17,7 +15,9 @@ from . import screen
 @screen.model_option
 @screen.hf_option
 @click.option("-f", "--file", "text_file", required=True, metavar="TEXT", help="A UTF-8 text file.")
-@click.option("-c", "--ctx-size", default=512, show_default=True, metavar="N", help="Tokens in a window.")
+@click.option(
+    "-c", "--ctx-size", type=click.IntRange(4), default=512, show_default=True, metavar="N", help="Tokens in a window."
+)
 @click.option("--chunks", type=click.IntRange(1), metavar="N", help="Most windows to score. Default: the whole text.")
 @click.option("--against", metavar="REF", help="Compare with this GGUF file (same vocabulary, usually F16 or F32).")
 @screen.pre_tokenizer_option
@@ -32,18 +32,18 @@ def command(model: str | None, hf: str | None, text_file: str, ctx_size: int, ch
     """
     from ggufkit_runtime import evaluate
 
-    try:
-        text = Path(text_file).read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{text_file}: not UTF-8 at byte {error.start}") from None
-    loaded = screen.load(model or (f"hf:{hf}" if hf else None), device, threads, None, pre_tokenizer)
+    name = screen.model_name(model, hf)
+    text = screen.read_text(text_file)
+    loaded = screen.load(name, device, threads, None, pre_tokenizer)
     reference = screen.load(against, device, threads, None, pre_tokenizer) if against else None
-    with screen.Progress("perplexity", 1, unit=lambda n: f"{n:.2f} windows") as bar:
+    with screen.Progress("perplexity", 1, unit=lambda n: f"{n:.2f} windows", patience=0) as bar:
+        bar(0)
 
         def progress(done: int, total: int, value: float) -> None:
-            bar.total = total
+            bar.what, bar.total = f"{'perplexity' if reference is None else 'KL divergence'} {value:.4g}", total
             bar(done)
 
+        divergence: Any = None
         if reference is None:
             result: Any = evaluate.perplexity(loaded, text, ctx_size, chunks, progress)
             document = dataclasses.asdict(result)
@@ -56,7 +56,7 @@ def command(model: str | None, hf: str | None, text_file: str, ctx_size: int, ch
         f"perplexity {result.perplexity:.4f} ± {result.stderr:.4f}"
         f" ({result.n_tokens} tokens in {result.n_chunks} windows of {ctx_size})\n"
     )
-    if reference is not None:
+    if divergence is not None:
         sys.stdout.write(
             f"KL divergence {divergence.kl_mean:.6f} ± {divergence.kl_stderr:.6f}, 99 % below {divergence.kl_p99:.6f}\n"
             f"same top token {100 * divergence.same_top:.2f} %\n"

@@ -1,22 +1,26 @@
-"""What commands share in talking to a person: options, progress, tables, JSON. Imports stay light."""
+"""What commands share in talking to a person: options, lines, tables, JSON, loading. Imports stay light."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 import click
+from ggufkit_formats.errors import FormatError, GgufkitError, UsageError
+
+from .progress import Progress, say
+
+__all__ = ["Progress", "say"]  # and all below
 
 model_option = click.option(
     "-m",
     "--model",
     metavar="MODEL",
-    help="A GGUF file, or hf:ORG/REPO[:TYPE]. Default: $GGUFKIT_MODEL or SmolLM2-135M.",
+    help="A GGUF file, or hf:ORG/REPO[:TYPE]. Default: $GGUFKIT_MODEL, else SmolLM2-135M-Instruct.",
 )
 hf_option = click.option("-hf", "hf", metavar="ORG/REPO", help="A Hugging Face repository: -hf ORG/REPO[:TYPE].")
 threads_option = click.option(
@@ -31,10 +35,56 @@ pre_tokenizer_option = click.option(
 )
 
 
-def say(line: str) -> None:
-    """A line on stderr: everything that is not the result."""
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+def model_name(model: str | None, hf: str | None) -> str | None:
+    """What -m and -hf say together; None where neither is given."""
+    if model is not None and hf is not None:
+        raise UsageError("-m and -hf both name a model: give one of them")
+    if model == "":
+        raise UsageError("-m names no model: it is empty")
+    return f"hf:{hf.removeprefix('hf:')}" if hf is not None else model
+
+
+# -- text that is safe to show ----------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    """Text that cannot drive a terminal: control characters other than newline and tab are shown escaped.
+
+    So are marks that turn the writing direction and surrogates; joiners, blanks and other invisible characters
+    that writing needs are left alone.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c.encode("unicode_escape").decode() if _is_hostile(c) else c for c in text)
+
+
+def _is_hostile(c: str) -> bool:
+    if c.isprintable() or c in "\n\t":
+        return False
+    return unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(c) in _TURNING
+
+
+_TURNING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+
+
+def one_line(text: object) -> str:
+    """Text as one printable line."""
+    return printable(" ".join(str(text).split()))
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line, as it stands after `error: `."""
+    if isinstance(error, GgufkitError):
+        return one_line(error)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return one_line(f"{where}{error.strerror or error}")
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    return one_line(f"internal error: {type(error).__name__}: {error} (GGUFKIT_DEBUG=1 shows where)")
+
+
+# -- results ----------------------------------------------------------------------------------
 
 
 def print_json(document: Any) -> None:
@@ -51,13 +101,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(v) for v in value]
     return value
-
-
-def printable(text: str) -> str:
-    """Text that cannot drive a terminal: control characters other than newline and tab are shown escaped."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def size(nbytes: float) -> str:
@@ -80,54 +123,26 @@ def table(rows: Sequence[Sequence[Any]], header: Sequence[str], right: Sequence[
     return "\n".join(lines)
 
 
-class Progress:
-    """A progress bar with rate and time left on a terminal; elsewhere a plain line every few seconds.
+# -- models and texts -------------------------------------------------------------------------
 
-    Use as a context manager; call it with the amount of work that is done so far. Nothing is drawn for work
-    that ends within `patience` seconds.
-    """
 
-    def __init__(
-        self, what: str, total: float, unit: Callable[[float], str] = lambda n: f"{n:.0f}", patience: float = 0.5
-    ):
-        self.what, self.total, self.unit, self.patience = what, total, unit, patience
-        self.began = time.monotonic()
-        self.last = self.began
-        self.bar: Any = None
-        self.task: Any = None
+def read_stdin() -> str:
+    """All of stdin as text; bytes that are no UTF-8 become U+FFFD."""
+    if sys.stdin is None:
+        raise UsageError("- reads the text from stdin, which is closed")
+    return sys.stdin.buffer.read().decode("utf-8", "replace")
 
-    def __enter__(self) -> Progress:
-        return self
 
-    def __call__(self, done: float) -> None:
-        now = time.monotonic()
-        if now - self.began < self.patience:
-            return
-        if sys.stderr.isatty():
-            if self.bar is None:
-                self._open()
-            rate = self.unit(done / (now - self.began))
-            self.bar.update(self.task, completed=done, rate=f"{rate}/s")
-        elif now - self.last >= 5 and not os.environ.get("GGUFKIT_NO_PROGRESS"):
-            self.last = now
-            left = (self.total - done) * (now - self.began) / max(done, 1e-9)
-            share = 100 * done / max(self.total, 1e-9)
-            say(f"{self.what}: {share:.0f} %, {self.unit(done / (now - self.began))}/s, {left:.0f} s left")
+def read_text(path: str) -> str:
+    """A text file, which must be UTF-8."""
+    from pathlib import Path
 
-    def _open(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-        self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(), console=Console(stderr=True), transient=True,
-        )  # fmt: skip
-        self.task = self.bar.add_task(self.what, total=self.total, rate="")
-        self.bar.start()
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except ValueError as error:  # a name with a null character
+        raise FormatError(f"{path!r}: cannot be read ({error})") from None
 
 
 def load(model: str | None, device: str = "auto", threads: int | None = None, n_ctx: int | None = None,
@@ -138,10 +153,41 @@ def load(model: str | None, device: str = "auto", threads: int | None = None, n_
     from .. import sources
 
     path = sources.model(model)
-    with Progress(f"loading {printable(path.name)}", 1, unit=size, patience=1.0) as bar:
+    with Progress(f"loading {path.name}", 1, unit=size, patience=1.0) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar(done)
 
-        return generate.load(path, device=device, threads=threads, n_ctx=n_ctx, pre=pre_tokenizer, progress=progress)
+        loaded = generate.load(path, device=device, threads=threads, n_ctx=n_ctx, pre=pre_tokenizer, progress=progress)
+    trained = loaded.config.n_ctx_train
+    if n_ctx is not None and n_ctx > trained:
+        say(f"note: the model was trained on contexts of up to {trained} tokens, not {n_ctx}")
+    if not compiled():
+        _jit("set_notice")(say)  # what is compiled from now on is said without breaking a progress bar
+    return loaded
+
+
+def compiled() -> bool:
+    """Whether kernels had to be compiled in this process, so that timings are not typical."""
+    return bool(_jit("compiled")())
+
+
+def _jit(name: str) -> Any:
+    """A function of the CPU backend's jit module, if that is loaded; else one that does nothing."""
+    return getattr(sys.modules.get("ggufkit_kernels.cpu.jit"), name, lambda *_: None)
+
+
+def reading(session: Any) -> Progress:
+    """A progress bar for the prompt that the session is about to read; it goes away when the prompt is read."""
+    bar = Progress("reading the prompt", 1, unit=lambda n: f"{n:.0f} tokens", patience=1.0)
+
+    def progress(done: int, total: int) -> None:
+        bar.total = total
+        if done < total:
+            bar(done)
+        else:
+            bar.close()
+
+    session.progress = progress
+    return bar

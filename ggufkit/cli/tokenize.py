@@ -24,16 +24,24 @@ def command(text: str, model: str | None, hf: str | None, no_special: bool, pre_
 
     from .. import sources
 
+    name = screen.model_name(model, hf)
     if text == "-":
-        text = sys.stdin.buffer.read().decode("utf-8", "replace")
-    path = sources.model(model or (f"hf:{hf}" if hf else None))
-    with gguf.open(path) as file:
+        text = screen.read_stdin()
+    with gguf.open(sources.model(name)) as file:
         words = tokenizer.from_metadata(file.metadata, pre=pre_tokenizer)
         ids = words.encode(text, add_special=not no_special, parse_special=not no_special)
-        pieces = [words.piece(i).decode("utf-8", "replace") for i in ids]
+        pieces = [words.piece(i) for i in ids]
     if as_json:
-        return screen.print_json({"ids": ids, "pieces": pieces})
+        return screen.print_json({"ids": ids, "pieces": [piece.decode("utf-8", "replace") for piece in pieces]})
     width = max((len(str(i)) for i in ids), default=0)
     for i, piece in zip(ids, pieces, strict=True):
-        sys.stdout.write(f"{i:>{width}}  {piece!r}\n")
+        sys.stdout.write(f"{i:>{width}}  {_shown(piece)}\n")
     return None
+
+
+def _shown(piece: bytes) -> str:
+    """A piece in quotes; bytes that are not whole characters stay bytes, b'\\xf0\\x9f'."""
+    try:
+        return repr(piece.decode("utf-8"))
+    except UnicodeDecodeError:
+        return repr(piece)
