@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from ggufkit_kernels.cpu import jit
@@ -78,3 +79,19 @@ def test_digest_follows_sources_and_settings(monkeypatch):
     assert jit.digest() == before
     monkeypatch.setenv("NUMBA_CPU_NAME", "generic")
     assert jit.digest() != before
+
+
+def test_damaged_cache_and_full_disk(tmp_path):
+    limit = "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))"
+    folder, hits, _ = run(tmp_path, before=limit)
+    assert hits == 0 and not list(Path(folder).rglob("*.nbc"))
+    run(tmp_path)
+    files = [path for path in Path(folder).rglob("*.nb?") if path.stat().st_size]
+    assert len(files) >= 4
+    for path in files:
+        path.write_bytes(path.read_bytes()[:-20] + bytes(range(20)))
+    _, hits, said = run(tmp_path)
+    assert hits == 0 and said
+    _, hits, said = run(tmp_path)
+    assert hits == 1 and not said

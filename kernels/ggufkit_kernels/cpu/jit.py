@@ -14,6 +14,7 @@ folder, and that one to no cache. `set_notice` takes the one line that is said w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -130,9 +131,36 @@ def _compile(function: Callable, options: dict[str, Any]) -> Any:
         before = config.CACHE_DIR
         try:
             config.CACHE_DIR = str(CACHE_DIR or "")
-            return numba.njit(**options)(function)
+            return _forgiving(numba.njit(**options)(function))
         finally:
             config.CACHE_DIR = before
+
+
+def _forgiving(dispatcher: Any) -> Any:
+    """A damaged cache file counts as none, and a full disk costs the cache, not the run."""
+    cache = getattr(dispatcher, "_cache", None)  # Numba's own: FunctionCache
+    load, save = getattr(cache, "load_overload", None), getattr(cache, "save_overload", None)
+    if cache is None or load is None or save is None:
+        return dispatcher
+
+    def load_or_miss(*args: Any) -> Any:
+        try:
+            return load(*args)
+        except Exception:  # whatever unpickling of broken bytes may raise
+            return None
+
+    def save_or_not(*args: Any) -> None:
+        try:
+            save(*args)
+        except OSError:
+            pass
+        except Exception:  # a damaged index: begin a new one
+            with contextlib.suppress(Exception):
+                dispatcher._cache.flush()
+                save(*args)
+
+    cache.load_overload, cache.save_overload = load_or_miss, save_or_not
+    return dispatcher
 
 
 def _decorate(function: Callable | None, options: dict[str, Any]) -> Any:
