@@ -139,6 +139,22 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return out
 
 
+def differences(ours: Any, oracle: Any, texts: list[str]) -> list[tuple[str, str, Any, Any]]:
+    """(text, what, ours, llama.cpp's) wherever encoding, with and without parse_special, or decoding differs."""
+    out: list[tuple[str, str, Any, Any]] = []
+    for parse in (False, True):
+        theirs = oracle.tokenize(texts, True, parse)
+        back = oracle.detokenize(theirs)
+        for text, ids, shown in zip(texts, theirs, back, strict=True):
+            mine = ours.encode(text, True, parse)
+            decoded = ours.decode(ids)
+            if mine != ids:
+                out.append((text, f"parse_special={parse}", mine, ids))
+            elif decoded != shown.decode("utf-8", "replace"):
+                out.append((text, "decode", decoded, shown))
+    return out
+
+
 # --- strings ---
 
 SENTENCES = """The quick brown fox jumps over the lazy dog. It's what we'd call "typical", isn't it?

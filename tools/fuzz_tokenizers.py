@@ -60,23 +60,14 @@ def compare(name: str, keys: dict[str, Any], n: int, seed: int, folder: Path, sh
     loaded = time.perf_counter() - begin
     special = [ours.vocabulary.tokens[i] for i in ours.vocabulary.special[-40:]]
     texts = list(cases.strings(n, seed, special))
-    bad: dict[str, list[Any]] = {}
     with Llama(path, vocab_only=True) as oracle:
         pieces = oracle.token_to_piece()
         different = [i for i in range(ours.n_vocab) if ours.piece(i) != pieces[i]]
         if different:
             print(f"{name}: {len(different)} pieces differ: {[(i, pieces[i]) for i in different[:5]]}")
-        for parse in (False, True):
-            theirs = oracle.tokenize(texts, True, parse)
-            back = oracle.detokenize(theirs)
-            for text, ids, shown in zip(texts, theirs, back, strict=True):
-                mine = ours.encode(text, True, parse)
-                if mine != ids:
-                    bad.setdefault(text, [parse, mine, ids])
-                elif ours.decode(ids) != shown.decode("utf-8", "replace"):
-                    bad.setdefault(text, ["decode", ours.decode(ids), shown])
-    for text, (what, mine, theirs) in list(bad.items())[:show]:
-        print(f"{name}: {text!r}\n  parse_special or test: {what}\n  ours   {mine}\n  theirs {theirs}")
+        bad = cases.differences(ours, oracle, texts)
+    for text, what, mine, theirs in bad[:show]:
+        print(f"{name}: {text!r}\n  {what}\n  ours   {mine}\n  theirs {theirs}")
     print(f"{name}: {n} strings, {len(bad)} differ (loaded in {loaded:.2f} s)", flush=True)
     path.unlink()
     return len(bad) + len(different)

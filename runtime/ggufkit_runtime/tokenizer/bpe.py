@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ggufkit_formats.errors import FormatError
@@ -49,14 +49,19 @@ class ByteLevelBPE:
         self.fallback: list[list[int]] = []  # ids that stand for n_vocab, n_vocab + 1, …
         index = self._extended(vocabulary)
         merges = [tuple(merge.split(" ", 1)) for merge in unique(vocabulary.merges)]
+        # A merge longer than every token makes `tokenizers` panic; other unsound merges make it raise.
+        sound = longest(vocabulary.merges) - 1 <= longest(index)
         try:
-            self.engine = self._build(vocabulary, index, merges)
-        except Exception:  # some merge is not made of tokens: look at each of them
+            engine = self._build(vocabulary, index, merges) if sound else None
+        except Exception:
+            engine = None
+        if engine is None:  # some merge is not made of tokens: look at each of them
             merges = self._admit(vocabulary, index)
             try:
-                self.engine = self._build(vocabulary, index, merges)
+                engine = self._build(vocabulary, index, merges)
             except Exception as error:
                 raise FormatError(f"the vocabulary does not make a byte-level BPE: {error}") from None
+        self.engine = engine
 
     def _build(
         self, vocabulary: Vocabulary, index: dict[str, int], merges: list[tuple[str, ...]]
@@ -81,11 +86,13 @@ class ByteLevelBPE:
         """The vocabulary, plus an id for each byte that has no token."""
         index = vocabulary.index
         missing = [c for c in BYTE_OF if c not in index]
-        broken = [t for t in vocabulary.tokens if not is_unicode(t)]
+        tokens = vocabulary.tokens
+        broken = [] if is_unicode("".join(tokens)) else [t for t in tokens if not is_unicode(t)]
         if missing or broken:
             index = dict(index)
             for token in broken:  # not Unicode, so never part of a text: any other name will do
-                index[f"\U0010ffff{index[token]}"] = index.pop(token)
+                i = index.pop(token)
+                index[f"\U0010ffff{i}"] = i
             for character in missing:
                 self._add(character, index)
         return index
@@ -121,6 +128,14 @@ def unique(merges: Sequence[str]) -> Sequence[str]:
     """Without repetitions: the first of two equal merges counts."""
     once = dict.fromkeys(merges)
     return merges if len(once) == len(merges) else list(once)
+
+
+def longest(texts: Iterable[str]) -> int:
+    """The length in bytes of the longest text; lone surrogates count as what they would take."""
+    try:
+        return max(map(len, map(str.encode, texts)), default=0)
+    except UnicodeEncodeError:
+        return max((len(text.encode("utf-8", "surrogatepass")) for text in texts), default=0)
 
 
 def is_unicode(text: str) -> bool:

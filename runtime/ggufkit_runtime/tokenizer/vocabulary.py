@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from ggufkit_formats.errors import FormatError, UnsupportedError
+from ggufkit_formats.gguf_strings import StringArray, walk
 
 from . import pretokenizers
 
@@ -165,11 +166,24 @@ def strings(metadata: Mapping[str, Any], key: str) -> list[str]:
         return []
     if isinstance(value, str | bytes | np.ndarray) or not isinstance(value, Iterable):
         raise FormatError(f"{PREFIX}{key} should be an array of strings, but is {type(value).__name__}")
-    out = list(value)
+    out = decode_all(value) if isinstance(value, StringArray) else list(value)
     for item in out[:1] + out[-1:]:
         if not isinstance(item, str):
             raise FormatError(f"{PREFIX}{key} should hold strings, but holds {type(item).__name__}")
     return out
+
+
+def decode_all(array: StringArray) -> list[str]:
+    """All items at once, several times as fast as one by one; bytes that are no UTF-8 become lone surrogates."""
+    blob, n = array.encoded(), len(array)
+    starts = np.empty(n, dtype=np.int64)
+    walk(memoryview(blob), 0, n, "<", starts)
+    ends = [*starts[1:].tolist(), len(blob)]
+    items = [blob[start:end] for start, end in zip((starts + 8).tolist(), ends, strict=True)]
+    try:
+        return [item.decode() for item in items]
+    except UnicodeDecodeError:
+        return [item.decode("utf-8", "surrogateescape") for item in items]
 
 
 def make_index(tokens: list[str]) -> dict[str, int]:
