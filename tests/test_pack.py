@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from ggufkit_formats.blocks import TYPES, find
 from ggufkit_formats.errors import UsageError
-from ggufkit_kernels.cpu.pack import LANES, pack, pack_codes, unpack_codes
+from ggufkit_kernels.cpu.pack import pack, pack_codes, unpack_codes
+from ggufkit_kernels.cpu.simd import LANES
 from memory_tensors import MadeUp, encoded, from_raw, random_blocks
 
 SIZES = {"Q4_0": 1.0, "Q4_1": 1.0, "Q5_0": 1.0, "Q5_1": 1.0, "Q8_0": 1.0, "F32": 1.0, "F16": 1.0, "BF16": 1.0}

@@ -39,7 +39,7 @@ from .simd import (
     store_i8,
     sum_f32,
 )
-from .team import address_of
+from .team import address_of, lazy
 from .tiles import (
     add_columns,
     add_floats,
@@ -314,6 +314,18 @@ def quant_matmul(
     return address_of(packed)
 
 
+@lazy
+def interleave_inputs(args, item, worker):
+    """x float32 (n, cols) -> (tiles, cols, PLAIN_TOKENS): rows a power of two apart would fight for cache lines."""
+    n, cols = get_i64(args + N), get_i64(args + COLS)
+    first = item * PLAIN_TOKENS
+    x = get_i64(args + X) + 4 * min(first, n - PLAIN_TOKENS) * cols
+    tile = get_i64(args + Q) + 4 * first * cols
+    for i in range(cols):
+        for t in range(PLAIN_TOKENS):
+            put_f32(tile + 4 * (i * PLAIN_TOKENS + t), get_f32(x + 4 * (t * cols + i)))
+
+
 @cache
 def plain_matmul(number: int, tokens: int) -> int:
     """Kernel: float32 (0), float16 (1) or bfloat16 (2) weights x float32 inputs, summed in float32."""
@@ -338,9 +350,10 @@ def plain_matmul(number: int, tokens: int) -> int:
                         w, x = w + 4 * step, x + 16
                     store_tile(sum_tile(acc), bias, out, 4 * rows, rows - strip * LANES)
                 else:
+                    x = get_i64(args + Q) + 4 * first * cols
                     for _ in range(cols):
-                        acc = add_products(acc, load_number(w, number), x, 4 * cols)
-                        w, x = w + step, x + 4
+                        acc = add_products(acc, load_number(w, number), x, 4)
+                        w, x = w + step, x + 4 * tokens
                     store_tile(acc, bias, out, 4 * rows, rows - strip * LANES)
 
     return address_of(plain)

@@ -19,6 +19,7 @@ from .matmul import (
     PLAIN_TOKENS,
     SCALES,
     TOKENS,
+    interleave_inputs,
     matmul_kernel,
     prep_kernel,
     weight_words,
@@ -29,7 +30,7 @@ from .team import address, default_threads, program, team
 
 __all__ = ["CpuCache", "CpuOps", "CpuWeight", "default_threads"]
 
-TOKEN_BLOCK_NBYTES = 128 << 10  # int8 inputs that an item goes over again and again: they stay in the L2 cache
+TOKEN_BLOCK_NBYTES = 192 << 10  # inputs that an item goes over again and again: they stay in the L2 cache
 ITEM_VALUES = 16384  # values that elementwise kernels take at a time
 FIRST_POSITIONS = 256  # of a new cache
 NOTHING = [0, 0, 0, 0]
@@ -58,7 +59,10 @@ class Plan:
         steps = [(matmul_kernel(layout, tile), strip_items * token_items)]
         # int8 inputs, their scales, starts and sums, each at a multiple of 64 bytes of the scratch
         sizes: list[int] = []
-        if not plain:
+        if plain and tile > 1:
+            steps.insert(0, (interleave_inputs.address, -(-n // tile)))
+            sizes = [-(-n // tile) * tile * cols * 4, 0, 0, 0]
+        elif not plain:
             prep, span, unit = prep_kernel(layout)
             steps.insert(0, (prep, -(-n // prep_tokens)))
             sizes = [n * cols, n * cols // 8, n * cols // span * 4 if span else 0, n * cols // unit * 4 if unit else 0]
@@ -265,9 +269,10 @@ class CpuOps:
             raise UsageError(f"position {start} is below 0")
         cache.reserve(start + n)
         out = np.empty((n, n_heads * head_dim), np.float32)
-        per_worker, score = attention.scratch_nbytes(start + n, head_dim, cache.padded_dim)
         queries = n * n_heads // heads
-        per_item = max(attention.QUERIES, 32 if queries * heads > 64 * self.threads else 0)
+        tile = 8 if queries >= 8 else 4
+        per_worker, score = attention.scratch_nbytes(tile, start + n, head_dim, cache.padded_dim)
+        per_item = 32 if queries * heads > 64 * self.threads else tile
         query_items = -(-queries // per_item)
         tokens = max(1, 4096 // (heads * head_dim))
         with self.team.lock:
@@ -277,7 +282,7 @@ class CpuOps:
             words += [float_bits(scale), scratch, per_worker, score, query_items, per_item, tokens]
             steps = [
                 (attention.append.address, -(-n // tokens)),
-                (attention.attend.address, heads * query_items),
+                (attention.attend(tile), heads * query_items),
             ]
             self.team.run(steps, words)
         return out

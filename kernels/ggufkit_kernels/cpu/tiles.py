@@ -230,6 +230,17 @@ def store_tile(typingctx: Any, acc: Any, added: Any, at: Any, stride: Any, rows:
 
 
 @intrinsic
+def load_tile(typingctx: Any, like: Any, at: Any, stride: Any) -> Any:
+    """A float32 tile of the size of `like`, whose vectors are `stride` bytes apart."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vectors = [_load(builder, _token(builder, args[1], args[2], t), VECTOR["f32"]) for t in range(like.count)]
+        return _tile(builder, args[0].type, vectors)
+
+    return like(like, address, address), codegen
+
+
+@intrinsic
 def sum_tile(typingctx: Any, acc: Any) -> Any:
     """The sum of the tile's vectors, as a tile of one."""
     one = Vector("f32", 1)
