@@ -188,11 +188,11 @@ def _to_stderr(line: str) -> None:
 
 
 _notice: Callable[[str], None] | None = _to_stderr
-_compiled = False
+_compiled = 0
 
 
-def compiled() -> bool:
-    """Whether a kernel had to be compiled in this process, because the disk cache had it not."""
+def compiled() -> int:
+    """How many kernels had to be compiled in this process, because the disk cache had them not."""
     return _compiled
 
 
@@ -211,7 +211,7 @@ class _Listener(numba.core.event.Listener):
         module = getattr(getattr(dispatcher, "py_func", None), "__module__", "") or ""
         if not module.startswith("ggufkit_kernels."):
             return
-        _compiled = True
+        _compiled += 1
         if _notice is None:
             return
         say, _notice = _notice, None
