@@ -163,14 +163,19 @@ def load(model: str | None, device: str = "auto", threads: int | None = None, n_
     trained = loaded.config.n_ctx_train
     if n_ctx is not None and n_ctx > trained:
         say(f"note: the model was trained on contexts of up to {trained} tokens, not {n_ctx}")
-    if not compiled():
+    if not _jit("compiled")():
         _jit("set_notice")(say)  # what is compiled from now on is said without breaking a progress bar
     return loaded
 
 
+_known = 0
+
+
 def compiled() -> bool:
-    """Whether kernels had to be compiled in this process, so that timings are not typical."""
-    return bool(_jit("compiled")())
+    """Whether kernels were compiled since this was last asked, so that the timings are not typical."""
+    global _known
+    before, _known = _known, int(_jit("compiled")() or 0)
+    return _known > before
 
 
 def _jit(name: str) -> Any:
