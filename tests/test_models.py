@@ -71,6 +71,8 @@ BAD_HF = {
     "missing": ({"hidden_size": None}, FormatError, "'hidden_size' is missing"),
     "zero": ({"num_hidden_layers": 0}, FormatError, "num_hidden_layers"),
     "huge": ({"num_hidden_layers": 2**40}, FormatError, "num_hidden_layers"),
+    "layers-claimed": ({"num_hidden_layers": 10**6}, FormatError, "num_hidden_layers"),
+    "head-claimed": ({"head_dim": 2**30}, FormatError, "head_dim"),
     "text": ({"hidden_size": "256"}, FormatError, "should be an integer"),
     "heads": ({"num_key_value_heads": 3}, FormatError, "not a multiple"),
     "eps": ({"rms_norm_eps": float("nan")}, FormatError, "makes no sense"),

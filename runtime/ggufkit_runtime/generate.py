@@ -60,6 +60,8 @@ def load(
         if n_ctx is not None and n_ctx < 1:
             raise UsageError(f"a context of {n_ctx} tokens is too small")
         words = tokenizer.from_metadata(file.metadata, pre=pre)
+        if words.n_vocab > config.n_vocab:
+            raise FormatError(f"{name}: {words.n_vocab} tokens, but the network knows {config.n_vocab}")
         ops = backend(device, threads)
         packed = weights.load(architecture, config, file.tensors, ops, name, progress)
         info = Info(

@@ -35,6 +35,10 @@ _REFUSED_HF: dict[str, tuple[Any, ...]] = {
 }
 
 
+# Bounds on what a file may claim, far above any real network: they keep tables and frequencies small.
+_MAX_LAYERS, _MAX_HEADS, _MAX_HEAD_DIM = 10_000, 65_536, 65_536
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """A network of this family, in GGUF's words. All counts are positive; n_heads is a multiple of n_kv_heads."""
@@ -63,19 +67,19 @@ class Config:
     def from_metadata(cls, metadata: Mapping[str, Any], arch: str, **features: Any) -> Config:
         """From GGUF metadata; FormatError for a missing or absurd key, UnsupportedError for an unknown one."""
         keys = Keys(metadata, "metadata", f"{arch}.")
-        dim, n_heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
-        head_dim = keys.integer("attention.key_length", dim // n_heads or None)
+        dim, n_heads = keys.integer("embedding_length"), keys.integer("attention.head_count", high=_MAX_HEADS)
+        head_dim = keys.integer("attention.key_length", dim // n_heads or None, high=_MAX_HEAD_DIM)
         n_ctx = keys.integer("context_length")
         n_vocab = keys.integer("vocab_size", None)
         tokens = metadata.get("tokenizer.ggml.tokens")
         config = cls(
             arch=arch,
-            n_layers=keys.integer("block_count"),
+            n_layers=keys.integer("block_count", high=_MAX_LAYERS),
             n_ctx_train=n_ctx,
             dim=dim,
             n_ffn=keys.integer("feed_forward_length"),
             n_heads=n_heads,
-            n_kv_heads=keys.integer("attention.head_count_kv", n_heads),
+            n_kv_heads=keys.integer("attention.head_count_kv", n_heads, high=_MAX_HEADS),
             head_dim=head_dim,
             n_vocab=n_vocab or (len(tokens) if tokens is not None else 0),
             eps=keys.number("attention.layer_norm_rms_epsilon"),
@@ -95,8 +99,8 @@ class Config:
     def from_hf(cls, hf: Mapping[str, Any], arch: str, notes: tuple[str, ...] = (), **features: Any) -> Config:
         """From the dictionary of a config.json."""
         keys = Keys(hf, "config.json")
-        dim, n_heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
-        explicit = keys.integer("head_dim", None)
+        dim, n_heads = keys.integer("hidden_size"), keys.integer("num_attention_heads", high=_MAX_HEADS)
+        explicit = keys.integer("head_dim", None, high=_MAX_HEAD_DIM)
         head_dim = explicit or dim // n_heads
         n_ctx = keys.integer("max_position_embeddings")
         keys.must_be("hidden_act", "silu", "swish", default="silu")
@@ -114,12 +118,12 @@ class Config:
             notes += (f"sliding_window = {window} is not carried over: attention reaches all positions",)
         config = cls(
             arch=arch,
-            n_layers=keys.integer("num_hidden_layers"),
+            n_layers=keys.integer("num_hidden_layers", high=_MAX_LAYERS),
             n_ctx_train=n_ctx,
             dim=dim,
             n_ffn=keys.integer("intermediate_size"),
             n_heads=n_heads,
-            n_kv_heads=keys.integer("num_key_value_heads", n_heads),
+            n_kv_heads=keys.integer("num_key_value_heads", n_heads, high=_MAX_HEADS),
             head_dim=head_dim,
             n_vocab=keys.integer("vocab_size"),
             eps=keys.number("rms_norm_eps", 1e-6),
@@ -135,8 +139,8 @@ class Config:
         """Relations between the numbers."""
         if self.n_heads % self.n_kv_heads:
             raise FormatError(f"{where}: {self.n_heads} heads are not a multiple of {self.n_kv_heads} key-value heads")
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise FormatError(f"{where}: head size {self.head_dim} is not even")
+        if not 2 <= self.head_dim <= _MAX_HEAD_DIM or self.head_dim % 2:
+            raise FormatError(f"{where}: head size {self.head_dim} is not even, or out of 2 to {_MAX_HEAD_DIM}")
         if self.n_vocab < 1:
             raise FormatError(f"{where}: the vocabulary is empty")
 
