@@ -140,14 +140,16 @@ def test_metadata_is_that_of_llama_cpps_converter(folder: Any, tmp_path: Path) -
 
 def test_model_card_and_sampling_defaults(tmp_path: Path) -> None:
     source = checkpoints.make(tmp_path / "Tiny-Llama-1M-Instruct-v1.5", layers=1)
-    (source / "README.md").write_text("---\nlicense: mit\nlanguage:\n- en\nbase_model: org/Some-Base-7B\n---\nText\n")
+    (source / "README.md").write_text(
+        "---\nlicense: mit\nlanguage: [en, no]\nbase_model: org/Some-Base-7B\n---\nText\n"
+    )
     (source / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.1}')
     convert(source, "q8_0", tmp_path / "out.gguf")
     with gguf.open(tmp_path / "out.gguf") as f:
         said = {key: f.metadata[key] for key in f.metadata if key.startswith("general.")}
     assert said["general.name"] == "Tiny Llama 1M Instruct v1.5"
     assert (said["general.finetune"], said["general.version"]) == ("Instruct", "v1.5")
-    assert (said["general.license"], list(said["general.languages"])) == ("mit", ["en"])
+    assert (said["general.license"], list(said["general.languages"])) == ("mit", ["en", "no"])
     assert said["general.base_model.0.name"] == "Some Base 7B"
     assert said["general.base_model.0.repo_url"] == "https://huggingface.co/org/Some-Base-7B"
     if "general.sampling.top_k" in said:  # the installed gguf knows these keys

@@ -56,6 +56,31 @@ def smollm(folder: Path, **options: Any) -> Path:
 LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+CARD = """---
+license: apache-2.0
+license_link: https://example.org/licence
+language:
+- en
+- no
+tags: [a, b]
+pipeline_tag: text-generation
+base_model: some-org/Base-Model-7B
+datasets:
+- some-org/data-v1.2
+---
+# A model
+"""
+
+
+def carded(folder: Path) -> Path:
+    """With a model card and sampling defaults."""
+    checkpoints.make(folder, layers=1, config={"_name_or_path": "an-org/Carded-Llama-1M-chat-v0.3"})
+    (folder / "README.md").write_text(CARD)
+    sampling = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05, "do_sample": True}
+    (folder / "generation_config.json").write_text(json.dumps(sampling))
+    return folder
+
+
 MODELS: dict[str, Callable[[Path], Path]] = {
     "tiny-llama-1M": lambda p: checkpoints.make(p, layers=9, dtype=np.float32),
     "odd-llama": lambda p: checkpoints.make(p, dim=320, ffn=864, heads=5, kv=5, layers=5, tied=True),
@@ -66,6 +91,17 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "smollm-llama": lambda p: smollm(p, tied=True, heads=4, kv=1, layers=2),
     "spm-qwen3": lambda p: checkpoints.make(
         p, arch="qwen3", head_dim=128, layers=1, tied=True, config={"rope_scaling": YARN}
+    ),
+    "carded": carded,
+    "mistral": lambda p: checkpoints.make(
+        p,
+        layers=1,
+        config={
+            "architectures": ["MistralForCausalLM"],
+            "model_type": "mistral",
+            "head_dim": None,
+            "sliding_window": None,
+        },
     ),
     "spm-qwen2": lambda p: checkpoints.make(p, arch="qwen2", layers=8),
 }

@@ -37,6 +37,8 @@ _DTYPES = {
     "BOOL": np.bool_,
 }  # fmt: skip
 
+_YAML = {False: "no", True: "yes"}  # what YAML makes of the codes of Norwegian and of nothing else
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; GgufkitError where it is missing or no object."""
@@ -106,7 +108,9 @@ def _typed(value: Any) -> Any:
         items = list(value.value)
         if value.sub_type is not None and value.sub_type.name in _DTYPES:
             return np.array(items, _DTYPES[value.sub_type.name])
-        return StringArray.of(items) if all(isinstance(item, str) for item in items) else items
+        if all(isinstance(item, int) and not isinstance(item, bool) for item in items) and items:
+            return np.array(items, np.int32)
+        return StringArray.of([_YAML.get(item, str(item)) if isinstance(item, bool) else str(item) for item in items])
     return _DTYPES[kind](value.value)
 
 
