@@ -24,7 +24,7 @@ from .matmul import (
     prep_kernel,
     weight_words,
 )
-from .pack import Packed, pack
+from .pack import SLAB_NBYTES, Packed, pack
 from .simd import LANES
 from .team import address, default_threads, program, team
 
@@ -159,7 +159,7 @@ class CpuOps:
 
     def weight(self, tensor: Tensor) -> CpuWeight:
         """Pack a matrix (rows, cols) of any tensor type, read with pread by slabs of rows."""
-        if self.threads == 1:
+        if self.threads == 1 or 4 * tensor.n_elements <= SLAB_NBYTES:
             return CpuWeight(pack(tensor))
         with ThreadPoolExecutor(self.threads) as pool:
             return CpuWeight(pack(tensor, pool.map))
