@@ -191,10 +191,8 @@ class Tokenizer:
         ids = self.vocabulary.ids
         names = ("bos", "eos", "unk", "pad", "sep", "mask")
         tokens = {f"{name}_token": self._text(ids[name]) for name in names if ids[name] is not None}
-        tokens = {"bos_token": "", "eos_token": ""} | tokens
-        return template.render(
-            source, messages=messages, add_generation_prompt=add_generation_prompt, **tokens | variables
-        )
+        given = {"bos_token": "", "eos_token": "", "tools": None, "documents": None} | tokens | variables
+        return template.render(source, messages=messages, add_generation_prompt=add_generation_prompt, **given)
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
