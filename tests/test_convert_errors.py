@@ -16,6 +16,8 @@ import checkpoints
 import ml_dtypes
 import numpy as np
 import pytest
+from ggufkit_formats import gguf
+from hub_server import Hub
 
 import ggufkit
 from ggufkit.convert import convert
@@ -207,6 +209,25 @@ def test_command_shows_fallbacks(tmp_path: Path) -> None:
     lines = [" ".join(line.split()) for line in shown.splitlines()]
     assert "blk.*.attn_q.weight 2 Q4_K Q5_0 rows of 96 are not divisible by 256" in lines
     assert "output.weight 1 Q6_K Q8_0 rows of 96 are not divisible by 256" in lines
+
+
+def test_command_takes_a_repository(source: Path, tmp_path: Path) -> None:
+    files = {path.name: path.read_bytes() for path in source.iterdir()}
+    with Hub({"org/Tiny-1M": files}) as hub:
+        env = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+        done = run("convert", "hf:org/Tiny-1M", "q8_0", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    with gguf.open(tmp_path / "Tiny-1M-Q8_0.gguf") as f:
+        assert f.metadata["general.name"] == "Tiny 1M"
+
+
+@pytest.mark.parametrize("given", [".", "model.safetensors", "../model-x", "other.safetensors"])
+def test_name_of_the_output(given: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(source)
+    if given == "other.safetensors":
+        (source / "model.safetensors").rename(source / given)
+    name = "other" if given.startswith("other") else "model-x"
+    assert convert(given, "q8_0", plan=True).output == f"{name}-Q8_0.gguf"
 
 
 @pytest.fixture(scope="module")

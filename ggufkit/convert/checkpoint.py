@@ -128,7 +128,7 @@ def _tokenizer(folder: Path, n_vocab: int, pre: str | None) -> dict[str, Any]:
 
 def _name(path: Path) -> str:
     """The model's name by its path: the folder's, or the file's where that says more than `model`."""
-    path = path.resolve()
+    path = path.absolute() if path.name not in ("", "..") else path.resolve()  # not through links: caches name by hash
     if path.is_dir():
         return path.name or "model"
     stem = path.name.removesuffix(".json").removesuffix(".index").removesuffix(".safetensors")
