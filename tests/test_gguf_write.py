@@ -285,7 +285,7 @@ def test_targets_that_cannot_be_written(tmp_path):
     planned = plan()
     target = tmp_path / "t.gguf"
     target.write_text("precious")
-    with pytest.raises(UsageError, match="exists already; --overwrite"):
+    with pytest.raises(GgufkitError, match="exists already; --overwrite"):
         write(target, planned)
     assert target.read_text() == "precious" and left_behind(tmp_path) == ["t.gguf"]
     write(target, planned, overwrite=True)
@@ -348,7 +348,7 @@ def test_an_interrupted_run_leaves_what_was_there(error, tmp_path):
 
 def test_a_file_that_appears_meanwhile_is_kept(tmp_path):
     target = tmp_path / "t.gguf"
-    with pytest.raises(UsageError, match="exists already"), gguf.Writer(target, gguf.Plan({}, [])):
+    with pytest.raises(GgufkitError, match="exists already"), gguf.Writer(target, gguf.Plan({}, [])):
         target.write_text("other")
     assert target.read_text() == "other" and left_behind(tmp_path) == ["t.gguf"]
 

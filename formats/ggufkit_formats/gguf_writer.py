@@ -225,7 +225,7 @@ def _check_name(name: str) -> None:
 def check_target(path: str | os.PathLike[str], nbytes: int = 0, overwrite: bool = False) -> None:
     """Raise what writing a file of `nbytes` there would fail with, as far as it can be known before.
 
-    UsageError for an existing file without `overwrite`; GgufkitError for a missing or read-only folder, a full disk,
+    GgufkitError for an existing file without `overwrite`, a missing or read-only folder, a full disk,
     or a target that is no regular file.
     """
     target = Path(path)
@@ -237,7 +237,7 @@ def check_target(path: str | os.PathLike[str], nbytes: int = 0, overwrite: bool 
         if mode is not None and not stat.S_ISREG(mode):
             raise GgufkitError(f"{target}: is a {'folder' if stat.S_ISDIR(mode) else 'device or pipe'}, not a file")
         if not overwrite and os.path.lexists(target):
-            raise UsageError(f"{target} exists already; --overwrite (overwrite=True) replaces it")
+            raise GgufkitError(f"{target} exists already; --overwrite (overwrite=True) replaces it")
         if not os.access(folder, os.W_OK | os.X_OK):
             raise GgufkitError(f"{target}: the folder {folder} cannot be written to")
         if hasattr(os, "statvfs"):
