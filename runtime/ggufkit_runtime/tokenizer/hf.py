@@ -103,12 +103,13 @@ def metadata(
     if words.merges is not None:
         out[PREFIX + "merges"] = words.merges
     out |= special_keys(files, len(words.tokens) if words.kind == "llama" else None)
+    out |= chat_templates(files)
     if llama_class and n_vocab == 32016:  # Code Llama's fill-in-the-middle tokens
         ids = {"prefix": 32007, "suffix": 32008, "middle": 32009, "eot": 32010}
         out |= {f"{PREFIX}{name}_token_id": i for name, i in ids.items()}
     if llama_class and n_vocab == 49152:
         out[PREFIX + "add_bos_token"] = False
-    return out | chat_templates(files)
+    return out
 
 
 # --- files ---
