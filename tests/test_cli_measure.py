@@ -1,0 +1,125 @@
+"""`ggufkit perplexity` and `ggufkit bench` as commands, and the progress that commands show."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+
+import pytest
+import tiny_models
+from command_line import Terminal, control_characters, ggufkit, start
+from ggufkit_runtime import evaluate, generate
+
+from ggufkit.cli import progress, screen
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return tiny_models.write(tmp_path_factory.mktemp("models") / "tiny.gguf", type="Q8_0")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("To be, or not to be: that is the question. " * 12)
+    return path
+
+
+def test_perplexity(tiny, text):
+    args = ("perplexity", "-m", tiny, "-f", text, "-c", "64", "--chunks", "3")
+    done = ggufkit(*args, "--json")
+    found = done.json
+    assert list(found) == ["perplexity", "stderr", "n_tokens", "n_chunks"]
+    assert found["n_chunks"] == 3 and found["n_tokens"] == 3 * 31
+    expected = evaluate.perplexity(generate.load(tiny), text.read_text(), 64, 3)
+    assert math.isclose(found["perplexity"], expected.perplexity, rel_tol=1e-6) and found["stderr"] > 0
+    plain = ggufkit(*args)
+    assert plain.out == (
+        f"perplexity {found['perplexity']:.4f} ± {found['stderr']:.4f} ({3 * 31} tokens in 3 windows of 64)\n"
+    )
+
+
+def test_perplexity_against_a_reference(tiny, text, tmp_path):
+    reference = tiny_models.write(tmp_path / "f32.gguf", type="F32")
+    args = ("perplexity", "-m", tiny, "-f", text, "-c", "64", "--chunks", "2", "--against", reference)
+    found = ggufkit(*args, "--json").json
+    keys = ["perplexity", "stderr", "n_tokens", "n_chunks", "kl_mean", "kl_stderr", "kl_p99", "same_top"]
+    assert list(found) == keys and all(isinstance(found[k], float) for k in keys if not k.startswith("n_"))
+    assert 0 < found["kl_mean"] < found["kl_p99"] < 0.1 and 0.8 < found["same_top"] <= 1
+    done = ggufkit(*args)
+    assert done.out.count("\n") == 3 and "KL divergence" in done.out
+
+
+def test_perplexity_of_too_little(tiny, text, tmp_path):
+    done = ggufkit("perplexity", "-m", tiny, "-f", text, "-c", "512")
+    assert done.status in (1, 2) and "at least 1024 are needed" in done.error
+    done = ggufkit("perplexity", "-m", tiny, "-f", text, "-c", "513")
+    assert done.status in (1, 2) and "513" in done.error
+    done = ggufkit("perplexity", "-m", tiny, "-f", text, "-c", "64", "--against", tmp_path / "missing.gguf")
+    assert done.status == 1 and "missing.gguf: no such file" in done.error
+
+
+def test_bench(tiny):
+    args = ("bench", "-m", tiny, "-p", "32", "-n", "8", "-r", "2", "-t", "1")
+    found = ggufkit(*args, "--json").json
+    assert list(found) == ["model", "type", "n_parameters", "n_bytes", "device", "threads", "results"]
+    assert (found["model"], found["device"], found["threads"]) == ("tiny llama", "cpu", 1)
+    assert [sorted(r) for r in found["results"]] == [["gb_per_s", "stdev", "test", "tokens_per_s"]] * 2
+    assert [r["test"] for r in found["results"]] == ["pp32", "tg8"]
+    assert all(r["tokens_per_s"] > 0 for r in found["results"])
+    with Terminal(*args, columns=40) as terminal:
+        assert terminal.end() == 0
+    assert "pp32" in terminal.shown and not control_characters(terminal.shown, "\n\r\b")
+    done = ggufkit("bench", "-m", tiny, "-p", "1000")
+    assert done.status in (1, 2) and "1000 tokens do not fit" in done.error
+
+
+@pytest.mark.parametrize("command", ["perplexity", "bench"])
+def test_interrupted(command, default_model_path, tmp_path):
+    long = tmp_path / "long.txt"
+    long.write_text("To be, or not to be: that is the question. " * 4000)
+    args = ["-f", long] if command == "perplexity" else ["-r", "50"]
+    with start(command, "-m", default_model_path, *args) as process:
+        time.sleep(2.5)
+        os.kill(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, b"")
+    assert "Traceback" not in err.decode() and "error" not in err.decode()
+
+
+# -- progress -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("room", [10, 19, 30, 39, 60, 79, 200])
+@pytest.mark.parametrize("what", ["x", "loading SmolLM2-135M-Instruct.Q4_1.gguf", "日本語" * 20, "[/x]"])
+def test_a_bar_fits_its_line(room, what):
+    for share in (0.0, 0.005, 0.5, 1.0):
+        line = progress.layout(what, share, "542.2 MB/s", "0:07 left", room)
+        assert progress.columns(line) <= room
+        assert "%" in line
+    assert "0:07 left" in progress.layout("x", 0.5, "542.2 MB/s", "0:07 left", 79)
+
+
+def test_progress_without_a_terminal(capsys, monkeypatch):
+    """A plain line every five seconds, no more."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with screen.Progress("writing", 100, unit=screen.size) as bar:
+        for i in range(100):
+            now[0] += 0.25
+            bar(i + 1)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"writing: {n}%, 4 B/s, 0:{25 - n // 4:02} left" for n in (20, 40, 60, 80, 100)]
+
+
+def test_printable():
+    assert screen.printable("héllo\t世界\n👩‍💻 \u3000\u00a0") == "héllo\t世界\n👩‍💻 \u3000\u00a0"
+    assert screen.printable("a\x1b[0m\x07\x7f\x9b\r\u202e\ud800") == "a\\x1b[0m\\x07\\x7f\\x9b\\r\\u202e\\ud800"
+    assert screen.one_line(" a\nb\t c\x1b ") == "a b c\\x1b"
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(7, "0:07"), (754, "12:34"), (10921, "3:02:01"), (1e12, "1000:00:00")])
+def test_duration(seconds, shown):
+    assert progress.duration(seconds) == shown
