@@ -197,11 +197,16 @@ def _inputs(builder: Any, at: Any, stride: Any, t: int, q: int) -> Any:
     return builder.bitcast(_splat(builder, four, LANES), VECTOR["u8"])
 
 
+def _converts_halves(builder: Any) -> bool:
+    """Whether the processor has instructions for halves (without, LLVM would call functions that are not there)."""
+    return "f16c" in compiled_features() or builder.module.triple.startswith(("aarch64", "arm64"))
+
+
 def _half_to_float(builder: Any, bits: Any) -> Any:
     """int16 scalar or vector of IEEE halves -> float32, exactly, in one instruction or in integer steps."""
     vector = isinstance(bits.type, ir.VectorType)
     of = (lambda ty: ir.VectorType(ty, bits.type.count)) if vector else (lambda ty: ty)
-    if "f16c" in compiled_features() or "x86" not in builder.module.triple:
+    if _converts_halves(builder):
         return builder.fpext(builder.bitcast(bits, of(HALF)), of(FLOAT))
     const = (lambda x: _const(of(I32), x)) if vector else (lambda x: ir.Constant(I32, x))
     wide = builder.zext(bits, of(I32))
@@ -213,6 +218,30 @@ def _half_to_float(builder: Any, bits: Any) -> Any:
     is_special = builder.icmp_unsigned(">=", magnitude, const(0x0F800000))
     value = builder.select(is_special, special, builder.bitcast(scaled, of(I32)))
     return builder.bitcast(builder.or_(value, sign), of(FLOAT))
+
+
+def _float_to_half(builder: Any, x: Any) -> Any:
+    """float32 scalar -> the bits of the nearest IEEE half (ties to even), in one instruction or in integer steps."""
+    if _converts_halves(builder):
+        return builder.fptrunc(x, HALF)
+
+    def const(value: int) -> Any:
+        return ir.Constant(I32, value)
+
+    bits = builder.bitcast(x, I32)
+    sign = builder.and_(builder.lshr(bits, const(16)), const(0x8000))
+    size = builder.and_(bits, const(0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(size, const(13)), const(1))
+    # Bias 127 to 15, then half a unit less one, plus one where the last bit that stays is odd
+    normal = builder.lshr(builder.add(builder.add(size, const(0xC8000FFF)), odd), const(13))
+    # Below 2**-14: adding 0.5 leaves the float unit with the bits to keep, rounded
+    shifted = builder.fadd(builder.bitcast(size, FLOAT), ir.Constant(FLOAT, 0.5))
+    small = builder.sub(builder.bitcast(shifted, I32), const(0x3F000000))
+    nan = builder.icmp_unsigned(">", size, const(0x7F800000))
+    large = builder.select(nan, const(0x7E00), const(0x7C00))
+    out = builder.select(builder.icmp_unsigned("<", size, const(0x38800000)), small, normal)
+    out = builder.select(builder.icmp_unsigned(">=", size, const(0x47800000)), large, out)
+    return builder.trunc(builder.or_(out, sign), I16)
 
 
 def _loader(name: str, result: types.Type, make: Any) -> Any:
@@ -235,7 +264,6 @@ load_f32 = _loader("load_f32", f32, lambda b, at: _load(b, at, VECTOR["f32"]))
 
 
 get_i64 = _loader("get_i64", types.int64, lambda b, at: _load(b, at, I64))
-get_i32 = _loader("get_i32", types.int64, lambda b, at: b.sext(_load(b, at, I32), I64))
 get_i8 = _loader("get_i8", types.int64, lambda b, at: b.sext(_load(b, at, I8), I64))
 get_u8 = _loader("get_u8", types.int64, lambda b, at: b.zext(_load(b, at, I8), I64))
 get_f32 = _loader("get_f32", types.float32, lambda b, at: _load(b, at, FLOAT))
@@ -319,10 +347,8 @@ def _scalar_store(name: str, value: types.Type, make: Any) -> Any:
 
 
 put_f32 = _scalar_store("put_f32", types.float32, lambda b, x: x)
-put_f16 = _scalar_store("put_f16", types.float32, lambda b, x: b.fptrunc(x, HALF))
-put_i32 = _scalar_store("put_i32", types.int64, lambda b, x: b.trunc(x, I32))
+put_f16 = _scalar_store("put_f16", types.float32, _float_to_half)
 store_f32 = _scalar_store("store_f32", f32, lambda b, x: x)
-store_f16 = _scalar_store("store_f16", f32, lambda b, x: b.fptrunc(x, ir.VectorType(HALF, LANES)))
 store_i8 = _scalar_store("store_i8", i32, lambda b, x: b.trunc(x, ir.VectorType(I8, LANES)))
 
 
