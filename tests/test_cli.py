@@ -267,6 +267,14 @@ def test_tokenize_stdin_and_environment(vocabulary):
     assert ggufkit("tokenize", "", "-m", vocabulary, "--no-special", "--json").json == {"ids": [], "pieces": []}
 
 
+def test_json_in_a_narrow_encoding(tmp_path):
+    """Where stdout cannot hold a character, JSON's own escapes stand for it."""
+    words = [*VOCABULARY["tokenizer.ggml.tokens"][:-1], "😀"]
+    path = put(tmp_path / "smile.gguf", VOCABULARY | {"tokenizer.ggml.tokens": words})
+    done = ggufkit("tokenize", "😀", "-m", path, "--json", env={"PYTHONIOENCODING": "latin-1"})
+    assert done.json["pieces"][-1] == "😀" and done.out.isascii()
+
+
 def test_unknown_pre_tokenizer_names_the_nearest(strange):
     done = ggufkit("tokenize", "ab", "-m", strange)
     assert done.status == 1 and done.out == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -118,6 +119,14 @@ def test_printable():
     assert screen.printable("héllo\t世界\n👩‍💻 \u3000\u00a0") == "héllo\t世界\n👩‍💻 \u3000\u00a0"
     assert screen.printable("a\x1b[0m\x07\x7f\x9b\r\u202e\ud800") == "a\\x1b[0m\\x07\\x7f\\x9b\\r\\u202e\\ud800"
     assert screen.one_line(" a\nb\t c\x1b ") == "a b c\\x1b"
+
+
+def test_json_layout(capsys):
+    document = {"a": [1, 2.5, float("nan")], "b": [{"n": "x", "shape": [1, 2]}], "c": {}, "d": [], "e": {"f": "é"}}
+    screen.print_json(document)
+    out = capsys.readouterr().out
+    assert json.loads(out) == {**document, "a": [1, 2.5, None]}
+    assert out.splitlines()[1:5] == ['  "a": [1, 2.5, null],', '  "b": [', '    {"n": "x", "shape": [1, 2]}', "  ],"]
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(7, "0:07"), (754, "12:34"), (10921, "3:02:01"), (1e12, "1000:00:00")])

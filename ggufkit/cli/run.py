@@ -81,7 +81,8 @@ def command(words: tuple[str, ...], model: str | None, hf: str | None, n_predict
     with screen.reading(session):
         pieces = session.text(ids, sampler, None if limit == -1 else limit)
         if as_json:
-            return screen.print_json(report(loaded, session, ids, "".join(pieces)))
+            text = gathered(pieces, session, limit)
+            return screen.print_json(report(loaded, session, ids, text))
         stream(pieces)
     return closing(loaded, session, len(ids))
 
@@ -130,6 +131,17 @@ def stream(pieces: Iterator[str]) -> str:
             with contextlib.suppress(OSError):
                 sys.stdout.write("\n")
                 sys.stdout.flush()
+    return text
+
+
+def gathered(pieces: Iterator[str], session: Any, limit: int) -> str:
+    """The whole answer, with a progress bar where its length is known."""
+    text = ""
+    with screen.Progress("generating", limit, unit=lambda n: f"{n:.1f} tokens", patience=1.0) as bar:
+        for piece in pieces:
+            text += piece
+            if limit > 0:
+                bar(len(session.generated))
     return text
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 import unicodedata
 from collections.abc import Sequence
@@ -12,9 +10,10 @@ from typing import Any
 import click
 from ggufkit_formats.errors import FormatError, GgufkitError, UsageError
 
+from .document import print_json
 from .progress import Progress, say
 
-__all__ = ["Progress", "say"]  # and all below
+__all__ = ["Progress", "print_json", "say"]  # and all below
 
 model_option = click.option(
     "-m",
@@ -85,22 +84,6 @@ def describe(error: BaseException) -> str:
 
 
 # -- results ----------------------------------------------------------------------------------
-
-
-def print_json(document: Any) -> None:
-    """One JSON document on stdout; numbers that JSON lacks become null."""
-    sys.stdout.write(json.dumps(_finite(document), ensure_ascii=False, indent=2) + "\n")
-    sys.stdout.flush()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return value
 
 
 def size(nbytes: float) -> str:
