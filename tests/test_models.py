@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tiny_models
+from ggufkit_formats.blocks import UnknownType
 from ggufkit_formats.errors import FormatError, GgufkitError, UnsupportedError
 from ggufkit_runtime import generate, models
 from ggufkit_runtime.models.rope import Rope
@@ -24,6 +27,18 @@ CASES = {
     "llama-yarn-rope": (
         "llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}},
     ),
+    "llama-yarn-attention-factor": (
+        "llama",
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128,
+                          "attention_factor": 0.8}},
+    ),
+    "llama-attn-factor": ("llama", {"metadata": {"llama.rope.scaling.attn_factor": np.float32(1.3)}}),
+    "llama-yarn-attn-factor-unused": (
+        "llama",
+        {"metadata": {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0,
+                      "llama.rope.scaling.yarn_attn_factor": 3.0}},
+    ),
+    "llama-vocab-size-too-small": ("llama", {"metadata": {"llama.vocab_size": 300}}),
     "qwen2": ("qwen2", {"rope_theta": 1e6}),
     "qwen3": ("qwen3", {"head_dim": 64, "rope_theta": 1e6}),
     "qwen3-head-dim": ("qwen3", {"head_dim": 128, "optional": False}),
@@ -77,6 +92,13 @@ BAD_HF = {
     "heads": ({"num_key_value_heads": 3}, FormatError, "not a multiple"),
     "eps": ({"rms_norm_eps": float("nan")}, FormatError, "makes no sense"),
     "theta": ({"rope_theta": 0.5}, FormatError, "rope base"),
+    "theta-integer": ({"rope_theta": 10**400}, FormatError, "rope_theta"),
+    "theta-huge": ({"rope_theta": 1e38}, FormatError, "rope base"),
+    "eps-huge": ({"rms_norm_eps": 1e39}, FormatError, "rms_norm_eps"),
+    "layers-number": ({"layer_types": 5}, UnsupportedError, "layer_types 5"),
+    "layers-nested": ({"layer_types": [["a"], None]}, UnsupportedError, "layer_types"),
+    "factor-tiny": ({"rope_scaling": {"type": "linear", "factor": 1e-300}}, FormatError, "rope factor"),
+    "llama3-tiny": ({"rope_scaling": {"type": "llama3", "low_freq_factor": 1e-300}}, FormatError, "llama3"),
 }
 
 
@@ -106,6 +128,49 @@ def test_unknown_metadata_and_architecture():
         models.by_hf_class("LlamaForCausalLMs")
 
 
+BAD_METADATA = {
+    "an array": ({"attention.causal": np.array([1, 2])}, UnsupportedError, "attention.causal"),
+    "array of experts": ({"expert_count": np.array([1, 2])}, UnsupportedError, "expert_count"),
+    "array of scalings": ({"rope.scaling.type": np.array([1, 2])}, UnsupportedError, "rope scaling"),
+    "megabytes": ({"attention.causal": "x" * 1_000_000}, UnsupportedError, "attention.causal"),
+    "megabytes of number": ({"feed_forward_length": "x" * 1_000_000}, FormatError, "feed_forward_length"),
+    "more heads than dimensions": ({"embedding_length": 1, "rope.dimension_count": None}, FormatError, "head size 0"),
+    "tokens": ({"vocab_size": None}, FormatError, "the vocabulary is empty"),
+    "beta_fast": ({"rope.scaling.type": "yarn", "rope.scaling.yarn_beta_fast": 1e38}, FormatError, "rope beta_fast"),
+    "beta_slow": ({"rope.scaling.type": "yarn", "rope.scaling.yarn_beta_slow": 1e-38}, FormatError, "rope beta_slow"),
+    "ext_factor": ({"rope.scaling.type": "yarn", "rope.scaling.yarn_ext_factor": 1e38}, FormatError, "ext_factor"),
+    "eps": ({"attention.layer_norm_rms_epsilon": 1e300}, FormatError, "makes no sense"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_METADATA)
+def test_hostile_metadata_is_refused_in_a_short_line(case):
+    change, error, message = BAD_METADATA[case]
+    module = models.by_arch("llama")
+    good = module.metadata(module.config_from_hf(tiny_models.HF))
+    with pytest.raises(error, match=message) as caught:
+        module.config_from_metadata(
+            {**good, "tokenizer.ggml.tokens": 5, **{f"llama.{key}": value for key, value in change.items()}}
+        )
+    assert len(str(caught.value)) < 300
+    with pytest.raises(UnsupportedError) as caught:
+        models.by_arch("x" * 1_000_000)
+    assert len(str(caught.value)) < 300
+
+
+def test_an_attention_factor_is_the_whole_factor():
+    """As in transformers, where it replaces 1 + 0.1 ln(factor)."""
+    module = models.by_arch("llama")
+    for given, expected in ((None, 1 + 0.1 * np.log(4)), (1 + 0.1 * np.log(4), 1 + 0.1 * np.log(4)), (0.8, 0.8)):
+        scaling = {"rope_type": "yarn", "factor": 4.0, "attention_factor": given}
+        config = module.config_from_hf({**tiny_models.HF, "rope_scaling": scaling})
+        written = module.metadata(config)
+        assert ("llama.rope.scaling.attn_factor" in written) == (given == 0.8)
+        again = module.config_from_metadata({**written, "tokenizer.ggml.tokens": ["a"] * 320})
+        for rope in (config.rope, again.rope):
+            assert rope.frequencies()[1] == pytest.approx(expected)
+
+
 def test_missing_extra_and_misshapen_tensors(tmp_path):
     path = tiny_models.write(tmp_path / "tiny.gguf", num_hidden_layers=1)
     from ggufkit_formats import gguf
@@ -121,6 +186,9 @@ def test_missing_extra_and_misshapen_tensors(tmp_path):
             weights.check(specs, {**tensors, "blk.0.attn_q.scale": tensors["output_norm.weight"]}, "x.gguf")
         with pytest.raises(FormatError, match="has shape"):
             weights.check(specs, {**tensors, "output.weight": tensors["blk.0.attn_q.weight"]}, "x.gguf")
+        unknown = dataclasses.replace(tensors["output_norm.weight"], type=UnknownType(99))
+        with pytest.raises(UnsupportedError, match=r"'output_norm.weight' has the unknown type 99"):
+            weights.check(specs, {**tensors, "output_norm.weight": unknown}, "x.gguf")
         del tensors["blk.0.ffn_up.weight"]
         with pytest.raises(FormatError, match=r"'blk.0.ffn_up.weight' is missing"):
             weights.check(specs, tensors, "x.gguf")

@@ -8,6 +8,7 @@ import difflib
 from types import ModuleType
 
 from ggufkit_formats.errors import UnsupportedError
+from ggufkit_formats.gguf_strings import quote
 
 from . import llama, qwen2, qwen3
 from .base import TensorSpec, permuted_rows
@@ -22,7 +23,7 @@ def by_arch(name: str) -> ModuleType:
     for module in MODELS:
         if name == module.ARCH:
             return module
-    raise UnsupportedError(f"architecture {name!r} is not supported (only {', '.join(m.ARCH for m in MODELS)})")
+    raise UnsupportedError(f"architecture {quote(name)} is not supported (only {', '.join(m.ARCH for m in MODELS)})")
 
 
 def by_hf_class(name: str) -> ModuleType:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-import math
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from ggufkit_formats.errors import FormatError, UnsupportedError
+from ggufkit_formats.gguf_strings import quote
 
 _MISSING = object()
+_LARGEST = float(np.finfo(np.float32).max)  # of a setting: GGUF and the kernels hold them as float32
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = 80
+
+
+def shown(value: Any) -> str:
+    """A setting's value as error messages show it: at most a line, however large it is."""
+    return _repr.repr(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +76,9 @@ class Keys:
                 f"{self.where}: {self.prefix + key!r} differs between layers, which is not supported"
             )
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise FormatError(f"{self.where}: {self.prefix + key!r} should be an integer, not {value!r}")
+            raise FormatError(f"{self.where}: {self.prefix + key!r} should be an integer, not {shown(value)}")
         if not low <= value <= high:
-            raise FormatError(f"{self.where}: {self.prefix + key!r} is {value}, allowed are {low} to {high}")
+            raise FormatError(f"{self.where}: {self.prefix + key!r} is {shown(value)}, allowed are {low} to {high}")
         return int(value)
 
     def number(self, key: str, default: Any = _MISSING, positive: bool = True) -> float:
@@ -76,21 +86,23 @@ class Keys:
         if value is default and default is not _MISSING:
             return value
         if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-            raise FormatError(f"{self.where}: {self.prefix + key!r} should be a number, not {value!r}")
-        if not math.isfinite(value) or (positive and value <= 0):
-            raise FormatError(f"{self.where}: {self.prefix + key!r} is {value}, which makes no sense")
+            raise FormatError(f"{self.where}: {self.prefix + key!r} should be a number, not {shown(value)}")
+        if not -_LARGEST <= value <= _LARGEST or (positive and value <= 0):
+            raise FormatError(f"{self.where}: {self.prefix + key!r} is {shown(value)}, which makes no sense")
         return float(value)
 
     def must_be(self, key: str, *allowed: Any, default: Any = None) -> None:
         """Refuse by name a setting that would change the network."""
         value = self.get(key, default)
-        if value not in allowed:
+        if isinstance(value, np.ndarray) or value not in allowed:
             names = " or ".join(repr(a) for a in allowed if a is not None)
-            raise UnsupportedError(f"{self.where}: {self.prefix + key} = {value!r} is not supported (only {names})")
+            raise UnsupportedError(
+                f"{self.where}: {self.prefix + key} = {shown(value)} is not supported (only {names})"
+            )
 
     def refuse_rest(self, harmless: Iterable[str] = ()) -> None:
         """Refuse keys under the prefix that nobody asked for: a setting unknown here may change the network."""
         known = self.seen | {self.prefix + key for key in harmless}
         for key in self.source:
             if key.startswith(self.prefix) and key not in known:
-                raise UnsupportedError(f"{self.where}: unknown setting {key!r} for this architecture")
+                raise UnsupportedError(f"{self.where}: unknown setting {quote(key)} for this architecture")

@@ -6,14 +6,14 @@ there is one forward. An architecture file names the features, its Hugging Face 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from ggufkit_formats.errors import FormatError, UnsupportedError
 
-from .base import Keys, TensorSpec
+from .base import Keys, TensorSpec, shown
 from .rope import Rope
 
 # Settings of config.json that change the network and that no architecture here has, with the harmless values.
@@ -68,10 +68,12 @@ class Config:
         """From GGUF metadata; FormatError for a missing or absurd key, UnsupportedError for an unknown one."""
         keys = Keys(metadata, "metadata", f"{arch}.")
         dim, n_heads = keys.integer("embedding_length"), keys.integer("attention.head_count", high=_MAX_HEADS)
-        head_dim = keys.integer("attention.key_length", dim // n_heads or None, high=_MAX_HEAD_DIM)
+        head_dim = keys.integer("attention.key_length", dim // n_heads, high=_MAX_HEAD_DIM)
         n_ctx = keys.integer("context_length")
-        n_vocab = keys.integer("vocab_size", None)
+        n_vocab = keys.integer("vocab_size", 0)
         tokens = metadata.get("tokenizer.ggml.tokens")
+        if isinstance(tokens, Sequence) and not isinstance(tokens, str):
+            n_vocab = len(tokens)  # as in llama.cpp, whatever vocab_size says: some files' says less
         config = cls(
             arch=arch,
             n_layers=keys.integer("block_count", high=_MAX_LAYERS),
@@ -81,7 +83,7 @@ class Config:
             n_heads=n_heads,
             n_kv_heads=keys.integer("attention.head_count_kv", n_heads, high=_MAX_HEADS),
             head_dim=head_dim,
-            n_vocab=n_vocab or (len(tokens) if tokens is not None else 0),
+            n_vocab=n_vocab,
             eps=keys.number("attention.layer_norm_rms_epsilon"),
             rope=Rope.from_keys(keys, head_dim, n_ctx),
             **features,
@@ -106,9 +108,9 @@ class Config:
         keys.must_be("hidden_act", "silu", "swish", default="silu")
         for key, allowed in _REFUSED_HF.items():
             keys.must_be(key, *allowed)
-        kinds = set(keys.get("layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"}:
-            raise UnsupportedError(f"config.json: layer_types {sorted(kinds)} are not supported (only full_attention)")
+        kinds = keys.get("layer_types", None) or ["full_attention"]
+        if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+            raise UnsupportedError(f"config.json: layer_types {shown(kinds)} are not supported (only full_attention)")
         if (
             keys.get("sliding_window", None)
             and not keys.get("use_sliding_window", None)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from ggufkit_formats.errors import FormatError, UnsupportedError
 
-from .base import Keys
+from .base import Keys, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +27,11 @@ class Rope:
     factor: float = 1.0  # context stretched by
     n_ctx_orig: int = 0  # yarn: context of the original training
     ext_factor: float | None = None  # yarn
-    attn_factor: float | None = None  # yarn
+    yarn_attn_factor: float | None = None  # yarn; llama.cpp heeds it only where ext_factor is 0, and so does this
     beta_fast: float | None = None  # yarn
     beta_slow: float | None = None  # yarn
     llama3: tuple[float, float, float, int] | None = None  # factor, low, high, original context
+    attn_factor: float = 1.0  # cos and sin are multiplied by it, whatever the scaling
 
     def frequencies(self, factors: np.ndarray | None = None) -> tuple[np.ndarray, float]:
         """Radians per position, float64 (n_rot / 2,), and the factor on cos and sin.
@@ -41,16 +42,16 @@ class Rope:
         if factors is not None:
             freqs = freqs / np.asarray(factors, dtype=np.float64)
         if self.scaling == "linear":
-            return freqs / self.factor, 1.0
+            return freqs / self.factor, self.attn_factor
         if self.scaling == "yarn":
-            return self._yarn(freqs)
-        return freqs, 1.0
+            freqs, scale = self._yarn(freqs)
+            return freqs, scale * self.attn_factor
+        return freqs, self.attn_factor
 
     def _yarn(self, freqs: np.ndarray) -> tuple[np.ndarray, float]:
-        ext = 1.0 if self.ext_factor is None else self.ext_factor
-        attn = 1.0 if self.attn_factor is None else self.attn_factor
+        ext = 1.0 if self.ext_factor is None or self.ext_factor < 0 else self.ext_factor
         if ext == 0:
-            return freqs / self.factor, attn
+            return freqs / self.factor, 1.0 if self.yarn_attn_factor is None else self.yarn_attn_factor
 
         def dimension(rotations: float) -> float:
             """The dimension pair that turns that often within the original context."""
@@ -61,7 +62,7 @@ class Rope:
         ramp = (np.arange(self.n_rot // 2) - low) / max(0.001, high - low)
         keep = (1 - np.clip(ramp, 0, 1)) * ext  # 1: fast pair, left as it is; 0: slow pair, interpolated
         mixed = freqs / self.factor * (1 - keep) + freqs * keep
-        return mixed, attn * (1 + 0.1 * math.log(self.factor))
+        return mixed, yarn_scale(self.factor)
 
     def llama3_factors(self) -> np.ndarray | None:
         """The values of `rope_freqs.weight`, float32 (n_rot / 2,), for Llama 3.1's scaling; None without it."""
@@ -95,8 +96,10 @@ class Rope:
         old = keys.number("rope.scale_linear", 1.0)
         factor = keys.number("rope.scaling.factor", old, positive=False) or 1.0
         scaling = keys.get("rope.scaling.type", "linear" if factor != 1.0 else "none")
-        if scaling not in ("none", "linear", "yarn"):
-            raise UnsupportedError(f"{keys.where}: rope scaling {scaling!r} is not supported (only none, linear, yarn)")
+        if not isinstance(scaling, str) or scaling not in ("none", "linear", "yarn"):
+            raise UnsupportedError(
+                f"{keys.where}: rope scaling {shown(scaling)} is not supported (only none, linear, yarn)"
+            )
         keys.get("rope.scaling.finetuned", None)
         rope = cls(
             n_rot=n_rot,
@@ -105,9 +108,10 @@ class Rope:
             factor=factor,
             n_ctx_orig=keys.integer("rope.scaling.original_context_length", n_ctx),
             ext_factor=keys.number("rope.scaling.yarn_ext_factor", None, positive=False),
-            attn_factor=keys.number("rope.scaling.attn_factor", keys.number("rope.scaling.yarn_attn_factor", None)),
+            yarn_attn_factor=keys.number("rope.scaling.yarn_attn_factor", None),
             beta_fast=keys.number("rope.scaling.yarn_beta_fast", None),
             beta_slow=keys.number("rope.scaling.yarn_beta_slow", None),
+            attn_factor=keys.number("rope.scaling.attn_factor", 1.0),
         )
         rope.check(keys.where)
         return rope
@@ -115,8 +119,14 @@ class Rope:
     def check(self, where: str) -> None:
         if self.n_rot % 2:
             raise FormatError(f"{where}: {self.n_rot} rotated dimensions are not pairs")
-        if self.base <= 1.0 or self.factor <= 0:
-            raise FormatError(f"{where}: rope base {self.base} and factor {self.factor} make no sense")
+        if not 1.0 < self.base <= 1e30:
+            raise FormatError(f"{where}: rope base {self.base:g} makes no sense")
+        for name in ("factor", "attn_factor", "yarn_attn_factor", "beta_fast", "beta_slow"):
+            value = getattr(self, name)
+            if value is not None and not 1e-6 <= value <= 1e6:  # so that no frequency overflows
+                raise FormatError(f"{where}: rope {name} {value:g} makes no sense")
+        if (self.ext_factor or 0.0) > 1e6 or not all(1e-6 <= x <= 1e10 for x in self.llama3 or ()):
+            raise FormatError(f"{where}: rope ext_factor {self.ext_factor}, llama3 {self.llama3} make no sense")
 
     def metadata(self) -> dict[str, Any]:
         """Scaling keys without the architecture's prefix, as llama.cpp's converter writes them."""
@@ -128,9 +138,11 @@ class Rope:
         }
         if self.scaling == "yarn":
             out["rope.scaling.original_context_length"] = np.uint32(self.n_ctx_orig)
-            extra = {"yarn_ext_factor": self.ext_factor, "yarn_attn_factor": self.attn_factor,
+            extra = {"yarn_ext_factor": self.ext_factor, "yarn_attn_factor": self.yarn_attn_factor,
                      "yarn_beta_fast": self.beta_fast, "yarn_beta_slow": self.beta_slow}  # fmt: skip
             out |= {f"rope.scaling.{k}": np.float32(v) for k, v in extra.items() if v is not None}
+            if self.attn_factor != 1.0:
+                out["rope.scaling.attn_factor"] = np.float32(self.attn_factor)
         return out
 
     # -- Hugging Face ----------------------------------------------------------------------------
@@ -160,10 +172,15 @@ class Rope:
             inner.must_be("mscale", None)
             inner.must_be("mscale_all_dim", None)
             inner.must_be("truncate", None, True)
+            # A config's attention_factor is all that multiplies cos and sin; llama.cpp's converter writes it under a
+            # name that llama.cpp does not read for these architectures. What it lacks goes under the name that is.
+            whole = inner.number("attention_factor", None)
+            attn = 1.0 if whole is None else whole / yarn_scale(factor)
             rope = cls(head_dim, base, "yarn", factor, original,
                        inner.number("extrapolation_factor", None, positive=False),
-                       inner.number("attention_factor", inner.number("attn_factor", None)),
-                       inner.number("beta_fast", None), inner.number("beta_slow", None))  # fmt: skip
+                       inner.number("attn_factor", None) if whole is None else whole,
+                       inner.number("beta_fast", None), inner.number("beta_slow", None),
+                       attn_factor=1.0 if abs(attn - 1) < 1e-6 else attn)  # fmt: skip
         elif kind == "linear":
             rope = cls(head_dim, base, "linear", factor)
         elif kind == "default":
@@ -172,3 +189,8 @@ class Rope:
             raise UnsupportedError(f"{keys.where}: rope scaling {kind!r} is not supported (only linear, llama3, yarn)")
         rope.check(keys.where)
         return rope
+
+
+def yarn_scale(factor: float) -> float:
+    """What YaRN multiplies cos and sin with: the square root of the paper's 1 / t, section 3.4."""
+    return 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
