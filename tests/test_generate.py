@@ -94,6 +94,8 @@ def test_wrong_use_is_refused(model):
         model.logits([-1])
     with pytest.raises(UsageError, match="at least one"):
         model.logits([])
+    with pytest.raises(UsageError, match="None means no limit"):
+        next(model.generate("w1", max_tokens=-1))
 
 
 def test_two_threads_generate_at_once(path):
@@ -128,6 +130,100 @@ def test_perplexity_by_hand(model):
     assert divergence.kl_mean == 0 and divergence.same_top == 1 and same.n_chunks == 2
     with pytest.raises(UsageError, match="at least 1024 are needed"):
         evaluate.perplexity(model, "short")
+
+
+def test_odd_windows_and_all_chunks(model):
+    text = "w1 w2 w3 " * 10
+    assert evaluate.perplexity(model, text, n_ctx=5, n_chunks=3).n_tokens == 3 * 2  # half of 5 is 2; 3 and 4 are scored
+    everything = evaluate.perplexity(model, text, n_ctx=16)
+    assert evaluate.perplexity(model, text, n_ctx=16, n_chunks=-1) == everything
+
+
+def test_a_window_of_several_batches(model, monkeypatch):
+    text = "w1 w2 w3 " * 30
+    whole = evaluate.perplexity(model, text, n_ctx=45, n_chunks=2)
+    for batch in (7, 22, 23, 44):
+        monkeypatch.setattr(evaluate, "N_BATCH", batch)
+        parts = evaluate.perplexity(model, text, n_ctx=45, n_chunks=2)
+        assert parts.n_tokens == whole.n_tokens == 2 * 22
+        assert np.log(parts.perplexity) == pytest.approx(np.log(whole.perplexity), rel=0.02)
+
+
+def changed(source, target, change):
+    """A copy of the file with other bytes: change(name, float32 values, writable)."""
+    from ggufkit_formats import gguf
+
+    with gguf.open(source) as file:
+        plan = gguf.Plan(file.metadata.copy(), list(file.tensors.values()))
+        with gguf.Writer(target, plan, overwrite=True) as writer:
+            for name, tensor in file.tensors.items():
+                raw = tensor.raw.copy().reshape(-1)
+                if tensor.type == "F32":
+                    change(name, raw.view(np.float32))
+                writer.write(name, raw)
+    return target
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the reference backend
+@pytest.mark.parametrize("device", ["reference", "cpu"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+def test_broken_weights_are_an_error(path, tmp_path, device, value):
+    def spoil(name, x):
+        if name == "output_norm.weight":
+            x[:] = value
+
+    model = generate.load(changed(path, tmp_path / "bad.gguf", spoil), device=device)
+    session = model.session()
+    for sampler in (GREEDY, Sampler(seed=1)):
+        with pytest.raises(FormatError, match="its weights are broken"):
+            list(session.stream([1, 300], sampler, 4))
+        assert session.cache.length == len(session.tokens) == 0
+    with pytest.raises(FormatError, match="its weights are broken"):
+        evaluate.perplexity(model, "w1 w2 " * 30, n_ctx=16)
+
+
+def test_a_hopeless_model_has_infinite_perplexity(path, tmp_path):
+    def enlarge(name, x):
+        if name == "output_norm.weight":
+            x *= 1e5
+
+    model = generate.load(changed(path, tmp_path / "loud.gguf", enlarge), device="cpu")
+    assert evaluate.perplexity(model, "w1 w2 " * 30, n_ctx=16, n_chunks=2).perplexity == np.inf
+
+
+def test_rope_factors_are_checked(tmp_path):
+    scaling = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 128}
+    path = tiny_models.write(tmp_path / "llama3.gguf", rope_scaling=scaling)
+
+    def spoil(name, x):
+        if name == "rope_freqs.weight":
+            x[3] = 0
+
+    with pytest.raises(FormatError, match=r"rope_freqs.weight"):
+        generate.load(changed(path, tmp_path / "bad.gguf", spoil), device="reference")
+
+
+def test_odd_names_and_file_types(tmp_path):
+    odd = {"general.name": np.array([1, 2]), "general.file_type": np.array([1, 2])}
+    info = generate.load(tiny_models.write(tmp_path / "odd.gguf", metadata=odd), device="reference").info
+    assert (info.name, info.file_type) == ("odd", None)
+
+
+def test_fewer_tokens_than_rows_are_refused(tmp_path):
+    """llama.cpp refuses such files, too; a token without a text could be generated."""
+    path = tiny_models.write(tmp_path / "few.gguf", metadata=tiny_models.vocabulary(300))
+    with pytest.raises(FormatError, match="has shape"):
+        generate.load(path, device="reference")
+
+
+def test_a_reference_with_another_tokenizer_is_refused(model, tmp_path):
+    words = tiny_models.vocabulary(320)["tokenizer.ggml.tokens"]
+    words[-1] = "zz"
+    path = tiny_models.write(tmp_path / "other.gguf", metadata={"tokenizer.ggml.tokens": words})
+    other = generate.load(path, device="reference")
+    text = "w1 w2 w3 " * 30 + "zz w60 " * 30
+    with pytest.raises(UnsupportedError, match="other tokens"):
+        evaluate.against(model, other, text, n_ctx=16)
 
 
 def test_bench_reports(model):

@@ -45,6 +45,15 @@ def test_repeat_penalty_divides_positive_and_multiplies_negative():
     assert logits.tolist() == [2.0, -1.0, 1.5]
 
 
+@pytest.mark.filterwarnings("error")
+def test_tiny_temperatures_and_impossible_tokens():
+    assert frequencies(50, temperature=1e-320)[1] == 1
+    assert frequencies(50, temperature=1e-30)[1] == 1
+    logits = np.array([-np.inf, 1.0, -np.inf], np.float32)
+    for settings in ({}, {"top_k": 2}, OFF):
+        assert Sampler(**settings, seed=0)(logits) == 1
+
+
 def test_seeds():
     def draws(seed):
         sampler = Sampler(**OFF, seed=seed)

@@ -44,7 +44,7 @@ def windows(model: Model, text: str, n_ctx: int, n_chunks: int | None) -> list[l
     if len(ids) < 2 * n_ctx:
         raise UsageError(f"the text has {len(ids)} tokens, and at least {2 * n_ctx} are needed (two windows)")
     count = len(ids) // n_ctx
-    count = min(count, n_chunks) if n_chunks else count
+    count = min(count, n_chunks) if n_chunks is not None and n_chunks > 0 else count
     out = []
     for i in range(count):
         window = list(ids[i * n_ctx : (i + 1) * n_ctx])
@@ -94,7 +94,7 @@ def perplexity(
             losses = -log_p[np.arange(len(targets)), targets]
             total, squares, count = total + losses.sum(), squares + (losses**2).sum(), count + len(targets)
         if progress is not None:
-            progress(done, len(chunks), math.exp(total / count))
+            progress(done, len(chunks), _exp(total / count))
     return _perplexity(total, squares, count, len(chunks))
 
 
@@ -112,7 +112,7 @@ def against(
             f"the reference has {reference.config.n_vocab} tokens, the model {model.config.n_vocab}: not comparable"
         )
     chunks = windows(model, text, n_ctx, n_chunks)
-    if chunks[0] != windows(reference, text, n_ctx, 1)[0]:
+    if chunks != windows(reference, text, n_ctx, n_chunks):
         raise UnsupportedError("the reference splits the text into other tokens: not comparable")
     losses, kls, same = [], [], 0
     for done, window in enumerate(chunks, 1):
@@ -131,8 +131,13 @@ def against(
 def _perplexity(total: float, squares: float, count: int, n_chunks: int) -> Perplexity:
     mean = total / count
     variance = max(squares / count - mean * mean, 0.0)
-    value = math.exp(mean)
+    value = _exp(mean)
     return Perplexity(value, math.sqrt(variance / max(count - 1, 1)) * value, count, n_chunks)
+
+
+def _exp(x: float) -> float:
+    """e to the x; infinity, not an error, where that is too large."""
+    return math.exp(x) if x < 700 else math.inf
 
 
 @dataclass(frozen=True)

@@ -60,15 +60,14 @@ def load(
         if n_ctx is not None and n_ctx < 1:
             raise UsageError(f"a context of {n_ctx} tokens is too small")
         words = tokenizer.from_metadata(file.metadata, pre=pre)
-        if words.n_vocab > config.n_vocab:
-            raise FormatError(f"{name}: {words.n_vocab} tokens, but the network knows {config.n_vocab}")
         ops = backend(device, threads)
         packed = weights.load(architecture, config, file.tensors, ops, name, progress)
+        title, file_type = file.metadata.get("general.name"), file.metadata.get("general.file_type")
         info = Info(
             path=Path(path),
-            name=str(file.metadata.get("general.name", Path(path).stem)),
+            name=title if isinstance(title, str) else Path(path).stem,
             arch=arch,
-            file_type=file.metadata.get("general.file_type"),
+            file_type=file_type if type(file_type) is int else None,
             n_parameters=sum(t.n_elements for t in file.tensors.values()),
             n_bytes=sum(t.nbytes for t in file.tensors.values()),
         )
@@ -108,7 +107,10 @@ class Model:
         return self.ops.cache(c.n_layers, c.n_kv_heads, c.head_dim, n_ctx or self.n_ctx)
 
     def forward(self, ids: Sequence[int] | np.ndarray, cache: Any, first: int = 0) -> np.ndarray:
-        """Append ids (n,) to the cache; logits of ids[first:], float32 (n - first, n_vocab)."""
+        """Append ids (n,) to the cache; logits of ids[first:], float32 (n - first, n_vocab).
+
+        Raises UsageError for ids out of range or too many, FormatError where the weights lead to NaN or infinity.
+        """
         ids = np.asarray(ids, dtype=np.int64)
         if ids.ndim != 1 or not len(ids):
             raise UsageError("a forward needs at least one token")
@@ -116,7 +118,10 @@ class Model:
             raise UsageError(f"token ids are 0 to {self.config.n_vocab - 1}, not {ids.min()} to {ids.max()}")
         if cache.length + len(ids) > cache.n_ctx:
             raise UsageError(f"{cache.length + len(ids)} tokens do not fit a context of {cache.n_ctx}")
-        return self.ops.to_numpy(self.architecture.forward(self.config, self.weights, self.ops, ids, cache, first))
+        logits = self.ops.to_numpy(self.architecture.forward(self.config, self.weights, self.ops, ids, cache, first))
+        if not np.isfinite(logits.max(axis=1)).all():
+            raise FormatError(f"{self.info.name}: the network's output is NaN or infinite: its weights are broken")
+        return logits
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Teacher-forced logits, float32 (len(ids), n_vocab): row i predicts token i + 1."""
@@ -179,6 +184,8 @@ class Session:
         """Generated token ids, the end token not included. `ids` is the whole conversation so far."""
         if not len(ids):
             raise UsageError("the prompt is empty, and this model has no token that begins a text")
+        if max_tokens is not None and max_tokens < 0:
+            raise UsageError(f"max_tokens is {max_tokens}; None means no limit")
         if len(ids) > self.n_ctx:
             raise UsageError(f"the prompt has {len(ids)} tokens, more than the context of {self.n_ctx}")
         self.timings, self.finish_reason, self.context_full, self.generated = Timings(), None, False, []

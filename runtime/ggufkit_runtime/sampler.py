@@ -56,7 +56,8 @@ class Sampler:
         if self.min_p > 0:
             kept = int(np.count_nonzero(probabilities >= self.min_p * probabilities[0]))
             ids = ids[: max(kept, 1)]
-        probabilities = _softmax(logits[ids] / np.float64(self.temperature))
+        with np.errstate(over="ignore"):  # a tiny temperature: what is below the best gets -inf
+            probabilities = _softmax((logits[ids].astype(np.float64) - logits[ids[0]]) / self.temperature)
         cumulative = np.cumsum(probabilities)
         drawn = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
         return int(ids[min(drawn, len(ids) - 1)])

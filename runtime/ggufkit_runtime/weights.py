@@ -8,7 +8,9 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+from ggufkit_formats.blocks import UnknownType
 from ggufkit_formats.errors import FormatError, UnsupportedError
+from ggufkit_formats.gguf_strings import quote
 from ggufkit_formats.tensor import Tensor
 
 from .models import TensorSpec
@@ -39,11 +41,13 @@ def check(specs: list[TensorSpec], tensors: Mapping[str, Tensor], file: str) -> 
             raise FormatError(
                 f"{file}: tensor {spec.gguf!r} has shape {tensor.shape}, the metadata asks for {spec.shape}"
             )
+        elif isinstance(tensor.type, UnknownType):
+            raise UnsupportedError(f"{file}: tensor {spec.gguf!r} has the unknown type {tensor.type.name}")
     for name in tensors:
         if name not in asked:
-            near = difflib.get_close_matches(name, asked, n=1, cutoff=0.8)
+            near = difflib.get_close_matches(name[:100], asked, n=1, cutoff=0.8)
             hint = f" (nearest: {near[0]})" if near else ""
-            raise UnsupportedError(f"{file}: tensor {name!r} does not belong to this architecture{hint}")
+            raise UnsupportedError(f"{file}: tensor {quote(name)} does not belong to this architecture{hint}")
 
 
 def load(
@@ -72,14 +76,24 @@ def load(
         done += tensor.nbytes
         if progress is not None:
             progress(done, total)
-    factors = tensors.get("rope_freqs.weight")
-    weights.freqs = config.rope.frequencies(None if factors is None else factors.dequantize())
+    weights.freqs = config.rope.frequencies(_rope_factors(tensors, file))
     weights.nbytes_per_token = total
     if weights.output is None:
         weights.output = weights.token_embd
     else:
         weights.nbytes_per_token -= tensors["token_embd.weight"].nbytes
     return weights
+
+
+def _rope_factors(tensors: Mapping[str, Tensor], file: str) -> np.ndarray | None:
+    """What divides the rotary frequencies, or None where the file does not say."""
+    tensor = tensors.get("rope_freqs.weight")
+    if tensor is None:
+        return None
+    factors = tensor.dequantize()
+    if not ((factors >= 1e-6) & (factors <= 1e6)).all():
+        raise FormatError(f"{file}: tensor 'rope_freqs.weight' holds factors that make no sense (0, NaN, or huge)")
+    return factors
 
 
 def _place(weights: Weights, name: str) -> tuple[SimpleNamespace, str]:
