@@ -157,6 +157,7 @@ def write_folder(out: Path, shape: Shape, state: dict, tokenizer: bytes) -> None
     out.mkdir(parents=True, exist_ok=True)
     weights = {k: v.to(torch.bfloat16).contiguous() for k, v in state.items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)  # it is written through a private temporary file
     (out / "tokenizer.model").write_bytes(tokenizer)
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     companions = {
