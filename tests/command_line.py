@@ -48,8 +48,9 @@ class Done(NamedTuple):
 
 def environment(changes: Mapping[str, str | None] | None = None) -> dict[str, str]:
     """This process's environment without what would change the command's behaviour, and with `changes`."""
-    drop = ("GGUFKIT_MODEL", "GGUFKIT_DEBUG", "GGUFKIT_NO_PROGRESS", "COLUMNS", "LINES")
-    env: dict[str, str | None] = {k: v for k, v in os.environ.items() if k not in drop} | {"PYTHONUTF8": "1"}
+    drop = ("GGUFKIT_MODEL", "GGUFKIT_DEBUG", "COLUMNS", "LINES")
+    env: dict[str, str | None] = {k: v for k, v in os.environ.items() if k not in drop}
+    env |= {"PYTHONUTF8": "1", "GGUFKIT_NO_PROGRESS": "1"}  # no progress lines, however slow the machine
     return {k: v for k, v in (env | dict(changes or {})).items() if v is not None}
 
 
@@ -110,6 +111,15 @@ class Terminal:
                 return found
             if not self._read(deadline - time.monotonic()):
                 raise AssertionError(f"{pattern!r} is not in what was shown: {self.shown[self.seen :]!r}")
+
+    def interrupt(self, pattern: str) -> None:
+        """Ctrl-C, and wait for the pattern. The line editor misses one that comes while it shows its prompt."""
+        for _ in range(10):
+            self.type("\x03")
+            with contextlib.suppress(AssertionError):
+                self.expect(pattern, 5)
+                return
+        self.expect(pattern, 1)
 
     def end(self, timeout: float = 60) -> int:
         """Wait for the command's end; its exit status."""

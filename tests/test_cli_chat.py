@@ -69,16 +69,13 @@ def test_turns_share_the_cache(noise):
 def test_ctrl_c_stops_the_answer_and_not_the_program(noise):
     with Terminal("run", "-m", noise, columns=40, env={"NO_COLOR": "1"}) as terminal:
         terminal.expect("> ")
-        terminal.type("\x03")
-        terminal.expect(r"\(/bye or Ctrl-D ends the chat\).*> ")
+        terminal.interrupt(r"\(/bye or Ctrl-D ends the chat\).*> ")
         terminal.type("w1\n")
         terminal.expect("w1\n.{40}")  # the answer is under way
-        terminal.type("\x03")
-        terminal.expect(r"\(stopped\).*> ")
+        terminal.interrupt(r"\(stopped\).*> ")
         terminal.type("w2\n")
         terminal.expect(".{40}")
-        terminal.type("\x03")
-        terminal.expect(r"\(stopped\).*> ")
+        terminal.interrupt(r"\(stopped\).*> ")
         terminal.type("\x04")
         assert terminal.end() == 0
     assert "Traceback" not in terminal.shown
@@ -123,6 +120,7 @@ def test_a_model_without_template(tmp_path):
         terminal.expect("> ")
         terminal.type("w1\n")
         assert sum(numbers(terminal.expect(TURN))[:2]) == first[0]
+        terminal.expect("> ")
         terminal.type("\x04")
         assert terminal.end() == 0
 

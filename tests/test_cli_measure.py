@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -103,8 +105,44 @@ def test_a_bar_fits_its_line(room, what):
     assert "0:07 left" in progress.layout("x", 0.5, "542.2 MB/s", "0:07 left", 79)
 
 
+def test_a_bar_makes_way_for_lines(monkeypatch):
+    """What others print while a bar stands on the terminal gets a line of its own; nothing of the bar stays."""
+    screen_of = FakeTerminal()
+    monkeypatch.setattr(sys, "stderr", screen_of)
+    with screen.Progress("one", 10, patience=0) as bar:
+        bar(1)
+        print("a line", file=sys.stderr)
+        bar(5)
+        screen.say("another")
+        bar(10)
+    assert sys.stderr is screen_of
+    shown = ["".join(row).rstrip() for row in screen_of.rows()]
+    assert shown == ["a line", "another", ""]
+
+
+class FakeTerminal(io.StringIO):
+    """Knows carriage return, backspace and newline."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def rows(self) -> list[list[str]]:
+        rows, at = [[]], 0
+        for c in self.getvalue():
+            if c == "\n":
+                rows.append([])
+                at = 0
+            elif c in "\r\b":
+                at = 0 if c == "\r" else at - 1
+            else:
+                rows[-1][at : at + 1] = [c]
+                at += 1
+        return rows
+
+
 def test_progress_without_a_terminal(capsys, monkeypatch):
     """A plain line every five seconds, no more."""
+    monkeypatch.delenv("GGUFKIT_NO_PROGRESS", raising=False)
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with screen.Progress("writing", 100, unit=screen.size) as bar:

@@ -7,19 +7,30 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable
+from typing import Any
 
 REDRAW = 0.1  # seconds between two drawings of a bar
 LINE = 5.0  # seconds between two lines where there is no terminal
 
-_drawn: list[Progress] = []  # bars that stand on the terminal, the visible one last
+
+class Guarded:
+    """stderr while bars stand there: whoever writes a line, the bar makes way and is drawn anew behind it."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+        self.bars: list[Progress] = []
+
+    def write(self, text: str) -> int:
+        for bar in self.bars:
+            bar.wipe()
+        return self.stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def say(line: str) -> None:
-    """A line on stderr: everything that is not the result. A bar that stands there makes way."""
-    if sys.stderr is None:
-        return
-    for bar in _drawn[-1:]:
-        bar.wipe()
+    """A line on stderr: everything that is not the result."""
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
 
@@ -38,6 +49,7 @@ class Progress:
         self.began = time.monotonic()
         self.last = -1e9 if patience == 0 else self.began
         self.shown = 0  # columns of the bar that stands on the terminal
+        self.guard: Guarded | None = None
 
     def __enter__(self) -> Progress:
         return self
@@ -45,7 +57,7 @@ class Progress:
     def __call__(self, done: float) -> None:
         now = time.monotonic()
         elapsed = now - self.began
-        if elapsed < self.patience or sys.stderr is None:
+        if elapsed < self.patience:
             return
         if sys.stderr.isatty():
             if now - self.last >= REDRAW or not self.shown or done >= self.total:
@@ -69,24 +81,33 @@ class Progress:
         rate = f"{self.unit(done / elapsed)}/s" if done > 0 and elapsed > 0 else ""
         line = layout(_one_line(self.what), share, rate, left, _columns() - 1, _bar_characters())
         blank = " " * (self.shown - columns(line))
-        sys.stderr.write(f"\r{line}{blank}" + "\b" * len(blank))
-        sys.stderr.flush()
+        if self.guard is None:
+            self.guard = sys.stderr if isinstance(sys.stderr, Guarded) else Guarded(sys.stderr)
+            self.guard.bars.append(self)
+            sys.stderr = self.guard
+        self._put(f"\r{line}{blank}" + "\b" * len(blank))
         self.shown = columns(line)
-        if self not in _drawn:
-            _drawn.append(self)
+
+    def _put(self, text: str) -> None:
+        assert self.guard is not None
+        self.guard.stream.write(text)
+        self.guard.stream.flush()
 
     def wipe(self) -> None:
         """Take the bar off the terminal; the next call draws it anew. No escape sequences: all terminals can."""
         if self.shown:
-            sys.stderr.write("\r" + " " * self.shown + "\r")
-            sys.stderr.flush()
+            self._put("\r" + " " * self.shown + "\r")
             self.shown = 0
 
     def close(self) -> None:
         """The work is done: the bar goes."""
-        if self in _drawn:
-            self.wipe()
-            _drawn.remove(self)
+        if self.guard is None:
+            return
+        self.wipe()
+        self.guard.bars.remove(self)
+        if not self.guard.bars and sys.stderr is self.guard:
+            sys.stderr = self.guard.stream
+        self.guard = None
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -146,8 +146,6 @@ def load(model: str | None, device: str = "auto", threads: int | None = None, n_
     trained = loaded.config.n_ctx_train
     if n_ctx is not None and n_ctx > trained:
         say(f"note: the model was trained on contexts of up to {trained} tokens, not {n_ctx}")
-    if not _jit("compiled")():
-        _jit("set_notice")(say)  # what is compiled from now on is said without breaking a progress bar
     return loaded
 
 
@@ -157,13 +155,9 @@ _known = 0
 def compiled() -> bool:
     """Whether kernels were compiled since this was last asked, so that the timings are not typical."""
     global _known
-    before, _known = _known, int(_jit("compiled")() or 0)
+    jit = sys.modules.get("ggufkit_kernels.cpu.jit")
+    before, _known = _known, jit.compiled() if jit else 0
     return _known > before
-
-
-def _jit(name: str) -> Any:
-    """A function of the CPU backend's jit module, if that is loaded; else one that does nothing."""
-    return getattr(sys.modules.get("ggufkit_kernels.cpu.jit"), name, lambda *_: None)
 
 
 def reading(session: Any) -> Progress:
