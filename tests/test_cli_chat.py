@@ -67,7 +67,7 @@ def test_turns_share_the_cache(noise):
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(noise):
-    with Terminal("run", "-m", noise, columns=40, env={"NO_COLOR": "1"}) as terminal:
+    with Terminal("run", "-m", noise, "--temp", "0", columns=40, env={"NO_COLOR": "1"}) as terminal:
         terminal.expect("> ")
         terminal.interrupt(r"\(/bye or Ctrl-D ends the chat\).*> ")
         terminal.type("w1\n")

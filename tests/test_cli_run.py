@@ -155,7 +155,7 @@ def test_the_default_model(default_model_path):
 
 def test_a_reader_that_leaves_early(raw):
     """`ggufkit run … | head -1`: it stops soon, and without a word."""
-    with start("run", "w1", "-m", raw, "-n", "-1") as process:
+    with start("run", "w1", "-m", raw, "--temp", "0", "-n", "-1") as process:
         assert process.stdout and process.stderr and process.stdout.read(1)
         process.stdout.close()
         err = process.stderr.read().decode()
@@ -165,7 +165,7 @@ def test_a_reader_that_leaves_early(raw):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted(raw, number, status):
-    with start("run", "w1", "-m", raw, "-n", "-1") as process:
+    with start("run", "w1", "-m", raw, "--temp", "0", "-n", "-1") as process:
         assert process.stdout and process.stderr and process.stdout.read(1)
         os.kill(process.pid, number)
         out, err = process.communicate(timeout=30)
