@@ -364,3 +364,9 @@ def test_the_default_model_against_gguf(default_model_path):
             assert (ours.offset, ours.nbytes, ours.type.id) == (other.data_offset, other.n_bytes, other.tensor_type)
             assert list(reversed(ours.shape)) == other.shape.tolist()
             assert np.array_equal(ours.read_rows(0, ours.rows).reshape(-1), other.data.reshape(-1).view(np.uint8))
+
+
+def test_raw_bytes_of_an_empty_tensor_of_unknown_type(tmp_path):
+    path = put(tmp_path, hostile.gguf(infos=[info("a", [0, 4], 999, 0)]))
+    with gguf.open(path) as f:
+        assert f.tensors["a"].raw.shape == (0,)

@@ -151,6 +151,7 @@ def test_each_broken_rule_has_its_message(case, tmp_path):
         ({"weight_map": {"a": "..\\a"}}, "leads out of the folder for tensor 'a'"),
         ({"weight_map": {"a": "a\0"}}, "leads out of the folder for tensor 'a'"),
         ({"weight_map": {"a": "none.safetensors"}}, "no such file; model.safetensors.index.json says it holds 1"),
+        ({"weight_map": {"a": "x" * 300}}, "no such file; model.safetensors.index.json says it holds 1"),
         (
             {"weight_map": {"a": "model-00001-of-00002.safetensors"}},
             "tensor 'a' is not in model-00001-of-00002.safetensors, where the index says it is",

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from .blocks import TensorType, UnknownType, find
 from .errors import FormatError, GgufkitError
 from .gguf_strings import quote
-from .source import FileSource, looks_like, reason
+from .source import FileSource, exists, looks_like, reason
 from .tensor import Tensor
 
 MAX_HEADER = 100_000_000  # bytes, from the reference implementation
@@ -69,7 +69,7 @@ def open(path: str | os.PathLike[str]) -> SafetensorsFile:
     weight_map = _index(found) if found.name.endswith(".json") else None
     files = [found] if weight_map is None else [found.with_name(name) for name in sorted(set(weight_map.values()))]
     for file in files:
-        if weight_map is not None and not file.exists():
+        if weight_map is not None and not exists(file):
             n = sum(name == file.name for name in weight_map.values())
             raise GgufkitError(f"{file}: no such file; {found.name} says it holds {n} tensors")
     sources: list[FileSource] = []

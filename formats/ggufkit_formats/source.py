@@ -97,6 +97,14 @@ class FileSource:
         return len(data)
 
 
+def exists(path: Path) -> bool:
+    """Whether there is such a file; a name that the system cannot have (too long, say) is none."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def reason(error: Exception) -> str:
     """What the system said, in lower case and without the file's name: `permission denied`."""
     text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from .blocks import TensorType
+from .blocks import TensorType, UnknownType
 
 
 class Source(Protocol):
@@ -59,7 +59,7 @@ class Tensor:
         For a type of unknown size, the flat bytes (nbytes,).
         """
         flat = self._little_endian(self.source.view(self.offset, self.nbytes))
-        if self.type.id < 0 or self.nbytes != self.rows * self._known_row_nbytes():
+        if isinstance(self.type, UnknownType):
             return flat
         return flat.reshape(*self.shape[:-1], self.row_nbytes)
 
@@ -80,12 +80,6 @@ class Tensor:
     def dequantize(self) -> np.ndarray:
         """The weights as float32, in `shape`."""
         return self.type.decode(self.raw).reshape(self.shape)
-
-    def _known_row_nbytes(self) -> int:
-        try:
-            return self.row_nbytes
-        except Exception:
-            return -1
 
     def _little_endian(self, raw: np.ndarray) -> np.ndarray:
         if self.byte_order == "<":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import FormatError, UnsupportedError
+from ..errors import FormatError, UnsupportedError, UsageError
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,9 @@ class TensorType:
 
     def decode(self, raw: np.ndarray) -> np.ndarray:
         """uint8 (…, bytes per row), little endian -> float32 (…, cols). Equal to ggml's bit for bit."""
-        raw = np.ascontiguousarray(raw, dtype=np.uint8)
+        if raw.dtype != np.uint8:
+            raise UsageError(f"{self.name} is decoded from an array of uint8, not of {raw.dtype}")
+        raw = np.ascontiguousarray(raw)
         if raw.shape[-1] % self.block_nbytes:
             raise FormatError(f"{self.name} rows are multiples of {self.block_nbytes} bytes, not {raw.shape[-1]}")
         blocks = raw.reshape(-1).view(self.fields)
@@ -107,14 +109,18 @@ class TensorType:
         they need must be finite (FormatError otherwise). This is the plain definition; `ggufkit_kernels.cpu.encode`
         is the fast one.
         """
-        x = np.ascontiguousarray(x, dtype=np.float32)
+        x = as_float32(x)
         row_nbytes = self.row_nbytes(x.shape[-1])
         self.check_finite(x)
         blocks = x.reshape(-1, self.block)
         weights = None
         if importance is not None:
+            if np.shape(importance) != x.shape[-1:]:
+                raise UsageError(
+                    f"importance has shape {np.shape(importance)}; one weight per column is wanted, {x.shape[-1:]}"
+                )
             per_row = np.asarray(importance, dtype=np.float32).reshape(-1, self.block)
-            weights = np.tile(per_row, (blocks.shape[0] // per_row.shape[0], 1))
+            weights = np.tile(per_row, (blocks.shape[0] // max(1, per_row.shape[0]), 1))
         out = self.encode_blocks(blocks, weights)
         self.check_scales(out)
         return out.view(np.uint8).reshape(*x.shape[:-1], row_nbytes)
@@ -167,6 +173,18 @@ class TensorType:
         return self.name
 
     __repr__ = __str__
+
+
+def as_float32(x: np.ndarray) -> np.ndarray:
+    """Contiguous float32, x itself where it is that already; what is too large becomes infinite.
+
+    Raises UsageError for arrays of anything else than real numbers.
+    """
+    x = np.asarray(x)
+    if x.dtype.kind in "cSUOMm":
+        raise UsageError(f"numbers are wanted, not an array of {x.dtype}")
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(x, dtype=np.float32)
 
 
 class UnknownType(TensorType):

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from ggufkit_formats.blocks import TensorType, find
+from ggufkit_formats.blocks.base import as_float32
 
 from . import encode_legacy, encode_ranged, encode_signed
 
@@ -65,7 +66,7 @@ def encode(
     encoder = ENCODERS.get(type.name)
     if encoder is None or importance is not None:
         return type.encode(x, importance)
-    x = np.ascontiguousarray(x, dtype=F32)
+    x = as_float32(x)
     row_nbytes = type.row_nbytes(x.shape[-1])
     blocks = x.reshape(-1, type.block)
     out = np.zeros((len(blocks), type.block_nbytes), np.uint8)

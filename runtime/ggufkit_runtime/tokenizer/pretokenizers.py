@@ -12,6 +12,7 @@ import difflib
 from dataclasses import dataclass
 
 from ggufkit_formats.errors import UnsupportedError
+from ggufkit_formats.gguf_strings import quote
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +123,12 @@ def find(name: str) -> PreTokenizer:
     """The pre-tokenizer called `name`, the empty name being llama.cpp's default. UnsupportedError otherwise."""
     pre = TABLE.get(name or "default")
     if pre is None:
-        raise UnsupportedError(f"unknown pre-tokenizer {name!r}{nearest(name)}")
+        raise UnsupportedError(f"unknown pre-tokenizer {quote(name)}{nearest(name)}")
     return pre
 
 
 def nearest(name: str) -> str:
     """The end of an error message: the nearest names, and the way out."""
-    close = difflib.get_close_matches(name.lower(), TABLE, n=4, cutoff=0.5)
+    close = difflib.get_close_matches(name[:80].lower(), TABLE, n=4, cutoff=0.5)
     known = f"nearest known: {', '.join(close)}" if close else f"known: {', '.join(sorted(TABLE))}"
     return f" ({known}; --pre-tokenizer NAME chooses one)"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from ggufkit_formats.errors import FormatError, UnsupportedError
-from ggufkit_formats.gguf_strings import StringArray, walk
+from ggufkit_formats.gguf_strings import StringArray, quote, walk
 
 from . import pretokenizers
 
@@ -113,7 +113,7 @@ def parse(metadata: Mapping[str, Any], pre: str | None = None) -> Vocabulary:
     if kind is None:
         raise FormatError("no tokenizer: the metadata have no tokenizer.ggml.model")
     if kind not in ("llama", "gpt2"):
-        raise UnsupportedError(f"tokenizer.ggml.model {kind!r} is not supported (known: llama, gpt2)")
+        raise UnsupportedError(f"tokenizer.ggml.model {quote(kind)} is not supported (known: llama, gpt2)")
     pre_name = pre if pre is not None else get(metadata, "pre", str, "")
     tokens = read_tokens(metadata)
     vocabulary = Vocabulary(
@@ -200,7 +200,10 @@ def numbers(metadata: Mapping[str, Any], key: str, n: int, kinds: str) -> np.nda
     value = metadata.get(PREFIX + key)
     if value is None:
         return None
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError:  # arrays of different lengths in an array
+        array = np.empty((0, 0))
     if array.ndim != 1 or array.dtype.kind not in kinds:
         raise FormatError(f"{PREFIX}{key} should be an array of numbers, but is {type(value).__name__}")
     if len(array) < n:
@@ -220,7 +223,8 @@ def read_scores(metadata: Mapping[str, Any], n: int) -> np.ndarray:
     scores = numbers(metadata, "scores", n, "fiu")
     if scores is None:
         return np.zeros(n, dtype=np.float32)
-    scores = scores.astype(np.float32)
+    with np.errstate(over="ignore"):
+        scores = scores.astype(np.float32)
     if np.isnan(scores).any():
         raise FormatError(f"{PREFIX}scores: the score of token {int(np.isnan(scores).argmax())} is not a number")
     return scores
