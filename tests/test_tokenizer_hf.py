@@ -140,14 +140,46 @@ def test_unsupported(changes: dict[str, Any], message: str, tmp_path: Path) -> N
         byte_level(model={"type": "BPE", "vocab": {"a": 0}, "merges": {}}),
         byte_level(added_tokens=[{"id": "x", "content": "y"}]),
         byte_level(added_tokens=[{"id": 5}]),
+        byte_level(added_tokens=[{"id": "9" * 5000, "content": "y"}]),
+        byte_level(added_tokens=[added(259, "\ud800")]),
         "[" * 100_000,
     ],
-    ids=range(13),
+    ids=range(15),
 )
 def test_bad_files(content: Any, tmp_path: Path) -> None:
     with pytest.raises(GgufkitError) as caught:
         hf.metadata(folder(tmp_path, tokenizer__json=content))
     assert "\n" not in str(caught.value)
+
+
+def test_odd_values_in_companions(tmp_path: Path) -> None:
+    """Lists that are none count as empty; what cannot be skipped is an error of ours."""
+    plain = hf.metadata(folder(tmp_path, tokenizer__json=byte_level(added_tokens=[]), config__json={}))
+    odd = hf.metadata(folder(tmp_path, tokenizer__json=byte_level(added_tokens=5), config__json={"architectures": 5}))
+    assert odd[G + "tokens"] == plain[G + "tokens"]
+    extra = tmp_path / "additional_chat_templates"
+    extra.mkdir()
+    (extra / "a.jinja").write_bytes(b"\xff")
+    with pytest.raises(FormatError, match=r"a\.jinja: not UTF-8"):
+        hf.metadata(tmp_path)
+    (extra / "a.jinja").unlink()
+    (extra / "b.jinja").mkdir()
+    with pytest.raises(FormatError, match=r"b\.jinja: Is a directory"):
+        hf.metadata(tmp_path)
+
+
+def test_odd_values_beside_other_kinds(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    shutil.copy(cases.mistral_data("tokenizer.model.v1"), one / "tokenizer.model")
+    for decoder in ({"5": "abc"}, {"9" * 5000: {"content": "x"}}):
+        folder(one, config__json=CONFIG, tokenizer_config__json={"added_tokens_decoder": decoder})
+        with pytest.raises(FormatError, match="is not a sound entry"):
+            hf.metadata(one, 32000)
+    folder(two, vocab__json={"a": 0}, merges__txt="", tokenizer_config__json={"tokenizer_class": []})
+    with pytest.raises(UnsupportedError, match="--pre-tokenizer"):
+        hf.metadata(two)
 
 
 def test_no_files(tmp_path: Path) -> None:

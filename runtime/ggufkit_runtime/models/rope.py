@@ -186,7 +186,9 @@ class Rope:
         elif kind == "default":
             rope = cls(head_dim, base)
         else:
-            raise UnsupportedError(f"{keys.where}: rope scaling {kind!r} is not supported (only linear, llama3, yarn)")
+            raise UnsupportedError(
+                f"{keys.where}: rope scaling {shown(kind)} is not supported (only linear, llama3, yarn)"
+            )
         rope.check(keys.where)
         return rope
 

@@ -19,6 +19,7 @@ import numpy as np
 from ggufkit_formats.errors import FormatError, UnsupportedError, UsageError
 
 from . import pretokenizers, recognise, sentencepiece_model
+from .bpe import is_unicode
 from .vocabulary import BYTE, CONTROL, NORMAL, PREFIX, UNKNOWN, UNUSED, USER_DEFINED
 
 # Architectures whose converter also writes tokenizer_config.json's add_prefix_space.
@@ -87,7 +88,11 @@ def metadata(
     if n_vocab is not None and (not isinstance(n_vocab, int) or not 0 < n_vocab < 1 << 31):
         raise FormatError(f"{files.name}: vocab_size is {n_vocab!r}")
     words = read_words(files, n_vocab, pre)
-    llama_class = bool(LLAMA_CLASSES & set(map(str, files.config.get("architectures") or ["LlamaForCausalLM"])))
+    for text in (*words.tokens, *(words.merges or ())):
+        if not is_unicode(text):
+            raise FormatError(f"{files.name}: the token or merge {text[:40]!r} is not Unicode: it has half a character")
+    classes = listed(files.config.get("architectures")) or ["LlamaForCausalLM"]
+    llama_class = bool(LLAMA_CLASSES & set(map(str, classes)))
     out: dict[str, Any] = {}
     prefix = files.tokenizer_config.get("add_prefix_space")
     if isinstance(prefix, bool) and llama_class:
@@ -126,14 +131,7 @@ def read_files(source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
         name = next((str(p.parent) for p in paths.values()), "no files")
 
     def read(file: str) -> str | None:
-        if file not in paths:
-            return None
-        try:
-            return paths[file].read_text(encoding="utf-8")
-        except OSError as error:
-            raise FormatError(f"{paths[file]}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise FormatError(f"{paths[file]}: not UTF-8") from None
+        return read_text(paths[file]) if file in paths else None
 
     def load(file: str) -> dict[str, Any]:
         text = read(file)
@@ -162,9 +160,18 @@ def read_files(source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
         vocab=load("vocab.json"),
         merges=read("merges.txt"),
         template=template,
-        templates={p.stem: p.read_text(encoding="utf-8") for p in extra},
+        templates={p.stem: read_text(p) for p in extra},
         sentencepiece=paths.get("tokenizer.model"),
     )
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise FormatError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise FormatError(f"{path}: not UTF-8") from None
 
 
 # --- tokens ---
@@ -197,6 +204,11 @@ def part(value: Mapping[str, Any], key: str, files: Files, kind: type = dict) ->
     return found
 
 
+def listed(value: Any) -> list[Any]:
+    """The value where it is a list; whatever else a file may have there counts as none."""
+    return value if isinstance(value, list) else []
+
+
 def looks_special(token: str) -> bool:
     """Tokens that are control tokens by their looks, whatever a checkpoint says of them."""
     if token in ("<pad>", "<mask>", "<2mass>", "[@BOS@]"):
@@ -208,14 +220,14 @@ def looks_special(token: str) -> bool:
 def added(files: Files) -> dict[int, tuple[str, bool]]:
     """id -> (token, special) of all added tokens; tokenizer_config.json's word is the last."""
     out: dict[int, tuple[str, bool]] = {}
-    entries = [(e.get("id"), e) for e in files.tokenizer.get("added_tokens") or [] if isinstance(e, dict)]
+    entries = [(e.get("id"), e) for e in listed(files.tokenizer.get("added_tokens")) if isinstance(e, dict)]
     decoder = files.tokenizer_config.get("added_tokens_decoder") or {}
     if not files.tokenizer:
         entries += [(i, {"content": token}) for token, i in files.added_tokens.items()]
     entries += list(decoder.items()) if isinstance(decoder, dict) else []
     for i, entry in entries:
         content = entry.get("content") if isinstance(entry, dict) else None
-        number = int(i) if isinstance(i, int) or (isinstance(i, str) and i.isdecimal()) else -1
+        number = int(i) if isinstance(i, int) or (isinstance(i, str) and i.isdecimal() and len(i) < 10) else -1
         if number < 0 or not isinstance(content, str):
             raise FormatError(f"{files.name}: an added token without an id or content: {str(entry)[:80]}")
         out[number] = (content, bool(entry.get("special")))
@@ -309,8 +321,7 @@ def named_special(files: Files) -> set[str]:
     """The texts of the tokens that tokenizer_config.json names as special."""
     names = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
     values = [files.tokenizer_config.get(name) for name in names]
-    more = files.tokenizer_config.get("additional_special_tokens")
-    values += more if isinstance(more, list) else []
+    values += listed(files.tokenizer_config.get("additional_special_tokens"))
     return {text for value in values if (text := content_of(value)) is not None}
 
 
@@ -337,9 +348,9 @@ def from_sentencepiece(files: Files, path: Path, n_vocab: int | None) -> Words:
             tokens[i], scores[i], types[i] = token, -1000.0, USER_DEFINED
     decoder = files.tokenizer_config.get("added_tokens_decoder") or {}
     for i, entry in decoder.items() if isinstance(decoder, dict) else ():
-        content = content_of(entry)
-        if not i.isdecimal() or content is None:
-            raise FormatError(f"{files.name}: added_tokens_decoder: {i!r} is not a sound entry")
+        content = content_of(entry) if isinstance(entry, dict) else None
+        if not i.isdecimal() or len(i) > 9 or content is None:
+            raise FormatError(f"{files.name}: added_tokens_decoder: {i[:40]!r} is not a sound entry")
         if int(i) < count:
             token, kind = add_type(content, bool(entry.get("special")))
             tokens[int(i)], scores[int(i)], types[int(i)] = token, -1000.0, kind
@@ -356,7 +367,7 @@ def special_keys(files: Files, limit: int | None) -> dict[str, Any]:
     types = ["bos", "eos", "unk", "sep", "pad", "cls", "mask"]
     if files.tokenizer:
         recognise.post_processor(files.tokenizer.get("post_processor"), config, adds, types)
-    entries = [e for e in files.tokenizer.get("added_tokens") or [] if isinstance(e, dict)]
+    entries = [e for e in listed(files.tokenizer.get("added_tokens")) if isinstance(e, dict)]
     ids: dict[str, int] = {}
 
     def put(name: str, i: Any) -> None:

@@ -62,7 +62,7 @@ CLASSES = {"Qwen2Tokenizer": "qwen2", "Qwen2TokenizerFast": "qwen2", "GPT2Tokeni
 
 def by_class(name: Any) -> str:
     """The pre-tokenizer of a tokenizer class that comes as vocab.json and merges.txt."""
-    if name not in CLASSES:
+    if not isinstance(name, str) or name not in CLASSES:
         raise UnsupportedError(
             f"the pre-tokenizer of {name or 'a vocab.json without tokenizer_config.json'} is not known: "
             "--pre-tokenizer NAME chooses one"
