@@ -21,7 +21,7 @@ def test_tables_are_current():
 def test_commands_exist():
     from ggufkit.cli import COMMANDS, group
 
-    named = set(re.findall(r"(?:^|[`\s/])ggufkit ([a-z]+)", README))
+    named = set(re.findall(r"(?:\$ |`|bin/)ggufkit ([a-z]+)", README))
     assert named and named <= set(COMMANDS)
     import click
 

@@ -105,7 +105,8 @@ def speed(args: argparse.Namespace) -> None:
                 theirs[test] += rates
     for test in ours:
         ratio = np.median(np.array(ours[test]) / np.array(theirs[test]))
-        print(f"{args.model} {test}: ours {np.median(ours[test]):.1f}, llama.cpp {np.median(theirs[test]):.1f} tokens/s, "
+        print(f"{args.model} {test}: ours {np.median(ours[test]):.1f}, "
+              f"llama.cpp {np.median(theirs[test]):.1f} tokens/s, "
               f"median ratio {ratio:.2f} ({args.pairs} pairs)")  # fmt: skip
 
 
