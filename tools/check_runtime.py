@@ -90,7 +90,8 @@ def perplexity(args: argparse.Namespace) -> None:
             count += len(log_p)
     theirs = float(np.exp(total / count))
     print(f"{args.model}: ours {ours.perplexity:.4f} ± {ours.stderr:.4f}, llama.cpp {theirs:.4f}, "
-          f"{100 * (ours.perplexity / theirs - 1):+.3f} % ({ours.n_tokens} tokens, {ours.n_chunks} windows)")  # fmt: skip
+          f"{100 * (ours.perplexity / theirs - 1):+.3f} % ({ours.n_tokens} tokens, {ours.n_chunks} windows)"
+    )  # fmt: skip
 
 
 def speed(args: argparse.Namespace) -> None:
