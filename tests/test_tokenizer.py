@@ -81,6 +81,12 @@ def test_sentencepiece(name: str, tmp_path: Path) -> None:
 
 
 @needs_llama
+def test_small_model(tmp_path: Path) -> None:
+    folder = Path(__file__).parent / "data" / "small-model"
+    compare(cases.from_sentencepiece(folder / "tokenizer.model"), tmp_path, 1500)
+
+
+@needs_llama
 @pytest.mark.parametrize("pre", ["tekken", "qwen2", "llama-bpe"])
 def test_byte_level(pre: str, tmp_path: Path) -> None:
     compare(tekken() | {"tokenizer.ggml.pre": pre}, tmp_path, 1500)

@@ -4,9 +4,10 @@
     python tools/fuzz_tokenizers.py -n 20000 --only qwen2 --qwen qwen.tiktoken
     python tools/fuzz_tokenizers.py -n 2000 --pre                    # every pre-tokenizer of the table
 
-Vocabularies: the default model; SentencePiece and tekken from mistral-common; Qwen's (`qwen.tiktoken` in the wheel of
-dashscope) and Llama 3's (`llama3/tokenizer.model` in the wheel of llama-models) where their files are given. Each
-string is encoded with and without parse_special, and the ids are decoded again. Exits 1 where anything differs.
+Vocabularies: the default model's; the small model's; SentencePiece and tekken from mistral-common; Qwen's
+(`qwen.tiktoken` in the wheel of dashscope) and Llama 3's (`llama3/tokenizer.model` in the wheel of llama-models) where
+their files are given. Each string is encoded with and without parse_special, and the ids are decoded again. Exits 1
+where anything differs.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ggufkit_runtime import tokenizer
 from ggufkit_runtime.tokenizer.pretokenizers import TABLE
 from oracles.llama import Llama
 
+SMALL_MODEL = Path(__file__).resolve().parent.parent / "tests" / "data" / "small-model"
 QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>"]
 LLAMA3_SPECIAL += [f"<|reserved_special_token_{i}|>" for i in range(252)]
@@ -44,6 +46,7 @@ def vocabularies(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]
     yield "default", cases.read_metadata(model)
     yield "spm-v1", cases.from_sentencepiece(cases.mistral_data("tokenizer.model.v1"))
     yield "spm-v3", cases.from_sentencepiece(cases.mistral_data("mistral_instruct_tokenizer_240323.model.v3"))
+    yield "small-model", cases.from_sentencepiece(SMALL_MODEL / "tokenizer.model")
     yield "tekken", cases.tekken()
     if args.qwen:
         yield "qwen2", cases.from_tiktoken(Path(args.qwen), QWEN_SPECIAL, "qwen2")
