@@ -20,21 +20,24 @@ from .jit import kernel
 from .simd import (
     LANES,
     add_f32,
+    add_products,
     exp_f32,
     get_f32,
     get_i64,
     largest_f32,
     load_f32,
     load_number,
+    load_tile,
     max_f32,
     put_f16,
     put_f32,
     splat_f32,
     store_f32,
+    store_tile,
     sum_f32,
+    zeros_f32,
 )
 from .team import address_of, lazy
-from .tiles import add_products, load_tile, store_tile, zeros_f32
 
 ATTEND_WORDS = [
     "q",

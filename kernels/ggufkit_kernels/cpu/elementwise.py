@@ -8,7 +8,6 @@ from __future__ import annotations
 import numpy as np
 
 from .jit import kernel
-from .matmul import CODES, DMIN, MINIMUM, OFFSET, SCALE, STRIP_NBYTES, WEIGHT_WORDS, D
 from .simd import (
     LANES,
     QUAD,
@@ -31,6 +30,7 @@ from .simd import (
     sum_f32,
 )
 from .team import lazy
+from .words import CODES, DMIN, MINIMUM, SCALE, STRIP_NBYTES, WEIGHT_WORDS, D
 
 
 @lazy
@@ -38,22 +38,22 @@ def rmsnorm(args, item, worker):
     """out = x / sqrt(mean(x²) + eps) * weight. Words: x, weight, out, rows, dim, eps (float bits), rows an item."""
     weight, dim = get_i64(args + 8), get_i64(args + 32)
     eps, per_item = get_f32(args + 40), get_i64(args + 48)
-    whole = dim // 8 * 8
+    whole = dim // LANES * LANES
     for row in range(item * per_item, min((item + 1) * per_item, get_i64(args + 24))):
         x, out = get_i64(args) + row * dim * 4, get_i64(args + 16) + row * dim * 4
         acc0, acc1 = splat_f32(0.0), splat_f32(0.0)
-        for i in range(0, whole - 8, 16):
-            v0, v1 = load_f32(x + 4 * i), load_f32(x + 4 * i + 32)
+        for i in range(0, whole - LANES, 2 * LANES):
+            v0, v1 = load_f32(x + 4 * i), load_f32(x + 4 * (i + LANES))
             acc0, acc1 = fma_f32(v0, v0, acc0), fma_f32(v1, v1, acc1)
-        if whole % 16:
-            v0 = load_f32(x + 4 * (whole - 8))
+        if whole % (2 * LANES):
+            v0 = load_f32(x + 4 * (whole - LANES))
             acc0 = fma_f32(v0, v0, acc0)
         total = sum_f32(add_f32(acc0, acc1))
         for i in range(whole, dim):
             total += get_f32(x + 4 * i) * get_f32(x + 4 * i)
         # The mean and its root in double: two operations a row
         factor = splat_f32(1.0 / (total / dim + eps) ** 0.5)
-        for i in range(0, whole, 8):
+        for i in range(0, whole, LANES):
             store_f32(out + 4 * i, mul_f32(mul_f32(load_f32(x + 4 * i), factor), load_f32(weight + 4 * i)))
         for i in range(whole, dim):
             put_f32(out + 4 * i, get_f32(x + 4 * i) * first_f32(factor) * get_f32(weight + 4 * i))
@@ -76,8 +76,8 @@ def rope(args, item, worker):
                     put_f32(x + 8 * i + 4, a * s + b * c)
             else:
                 y = x + 4 * pairs
-                whole = pairs // 8 * 8
-                for i in range(0, whole, 8):
+                whole = pairs // LANES * LANES
+                for i in range(0, whole, LANES):
                     va, vb = load_f32(x + 4 * i), load_f32(y + 4 * i)
                     vc, vs = load_f32(cos + 4 * i), load_f32(sin + 4 * i)
                     store_f32(x + 4 * i, fma_f32(va, vc, neg_f32(mul_f32(vb, vs))))
@@ -91,13 +91,13 @@ def rope(args, item, worker):
 
 @lazy
 def swiglu(args, item, worker):
-    """out = x / (1 + exp(-x)) * y. Words: x, y, out, values, values an item (a multiple of 8)."""
+    """out = x / (1 + exp(-x)) * y. Words: x, y, out, values, values an item (a multiple of LANES)."""
     first = item * get_i64(args + 32)
     last = min(first + get_i64(args + 32), get_i64(args + 24))
     x, y, out = get_i64(args), get_i64(args + 8), get_i64(args + 16)
     one = splat_f32(1.0)
-    whole = first + (last - first) // 8 * 8
-    for i in range(4 * first, 4 * whole, 32):
+    whole = first + (last - first) // LANES * LANES
+    for i in range(4 * first, 4 * whole, 4 * LANES):
         v = load_f32(x + i)
         store_f32(out + i, mul_f32(div_f32(v, add_f32(one, exp_f32(neg_f32(v)))), load_f32(y + i)))
     for i in range(4 * whole, 4 * last, 4):
@@ -111,8 +111,8 @@ def add(args, item, worker):
     first = item * get_i64(args + 32)
     last = min(first + get_i64(args + 32), get_i64(args + 24))
     x, y, out = get_i64(args), get_i64(args + 8), get_i64(args + 16)
-    whole = first + (last - first) // 8 * 8
-    for i in range(4 * first, 4 * whole, 32):
+    whole = first + (last - first) // LANES * LANES
+    for i in range(4 * first, 4 * whole, 4 * LANES):
         store_f32(out + i, add_f32(load_f32(x + i), load_f32(y + i)))
     for i in range(4 * whole, 4 * last, 4):
         put_f32(out + i, get_f32(x + i) + get_f32(y + i))
@@ -133,8 +133,9 @@ EMBED_WORDS = [
     "levels",
     "number",
     "per_item",
+    "offset",
 ]
-(IDS, N, OUT, COLS, PADDED, BLOCK, GROUP, BITS, SCALED, MINIMA, LEVELS, NUMBER, PER_ITEM) = (
+(IDS, N, OUT, COLS, PADDED, BLOCK, GROUP, BITS, SCALED, MINIMA, LEVELS, NUMBER, PER_ITEM, OFFSET) = (
     8 * (len(WEIGHT_WORDS) + k) for k in range(len(EMBED_WORDS))
 )
 

@@ -2,7 +2,7 @@
 
 Numba caches each function beside a stamp of its own source file only: edit a function that is called from
 another file, and the cached caller still answers as before. So the folder's name carries a digest of everything
-that the machine code depends on: all kernel sources, the versions, the processor, NUMBA_* settings.
+that the machine code depends on: all kernel sources, the versions, the processor, NUMBA_* settings and GGUFKIT_SIMD.
 
     @kernel                      one thread, no GIL, NumPy's division, no fast-math, no FMA contraction
     @kernel(inline="always")     the same with further options of numba.njit
@@ -60,7 +60,7 @@ def digest() -> str:
     except RuntimeError:  # a platform where LLVM cannot ask
         add("unknown features")
     for key in sorted(os.environ):
-        if key.startswith("NUMBA_") and key not in IRRELEVANT:
+        if key == "GGUFKIT_SIMD" or (key.startswith("NUMBA_") and key not in IRRELEVANT):
             add(key, os.environ[key])
     return state.hexdigest()[:16]
 

@@ -6,7 +6,6 @@ kernels of one team take turns.
 
 from __future__ import annotations
 
-import struct
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -22,11 +21,11 @@ from .matmul import (
     interleave_inputs,
     matmul_kernel,
     prep_kernel,
-    weight_words,
 )
 from .pack import SLAB_NBYTES, Packed, pack
 from .simd import LANES
 from .team import address, default_threads, program, team
+from .words import float_bits, weight_words
 
 __all__ = ["CpuCache", "CpuOps", "CpuWeight", "default_threads"]
 
@@ -34,11 +33,6 @@ TOKEN_BLOCK_NBYTES = 192 << 10  # inputs that an item goes over again and again:
 ITEM_VALUES = 16384  # values that elementwise kernels take at a time
 FIRST_POSITIONS = 256  # of a new cache
 NOTHING = [0, 0, 0, 0]
-
-
-def float_bits(x: float) -> int:
-    """The bits of a float32 as an integer."""
-    return struct.unpack("<i", struct.pack("<f", x))[0]
 
 
 class Plan:
@@ -55,17 +49,19 @@ class Plan:
         parts = 1 if threads == 1 else max(1, 4 * threads // token_items)
         per_item = max(1, -(-strips // parts), min(4, strips))
         strip_items = -(-strips // per_item)
-        prep_tokens = max(1, 8192 // cols)
+        tiles = -(-n // tile)
+        prep_tiles = max(1, 8192 // (cols * tile))
         steps = [(matmul_kernel(layout, tile), strip_items * token_items)]
         # int8 inputs, their scales, starts and sums, each at a multiple of 64 bytes of the scratch
         sizes: list[int] = []
         if plain and tile > 1:
-            steps.insert(0, (interleave_inputs.address, -(-n // tile)))
-            sizes = [-(-n // tile) * tile * cols * 4, 0, 0, 0]
+            steps.insert(0, (interleave_inputs.address, tiles))
+            sizes = [tiles * tile * cols * 4, 0, 0, 0]
         elif not plain:
-            prep, span, unit = prep_kernel(layout)
-            steps.insert(0, (prep, -(-n // prep_tokens)))
-            sizes = [n * cols, n * cols // 8, n * cols // span * 4 if span else 0, n * cols // unit * 4 if unit else 0]
+            prep, span, unit = prep_kernel(layout, tile)
+            steps.insert(0, (prep, -(-tiles // prep_tiles)))
+            values = tiles * tile * cols
+            sizes = [values, values // 8, values // span * 4 if span else 0, values // unit * 4 if unit else 0]
         self.sections = []
         self.scratch_nbytes = 0
         for nbytes in sizes:
@@ -73,7 +69,7 @@ class Plan:
             self.scratch_nbytes += -(-nbytes // 64) * 64
         self.shared = any(items > 1 for _, items in steps)
         self.head = program(steps) + weight_words(packed)
-        self.tail = [per_item, tokens_per_item, strip_items, prep_tokens]
+        self.tail = [per_item, tokens_per_item, strip_items, prep_tiles]
 
 
 class CpuWeight:
@@ -184,7 +180,7 @@ class CpuOps:
         levels = address(packed.levels) if packed.levels.size else 0
         number = NUMBERS[layout.values] if layout.is_plain else (0 if layout.wide else 1)
         words = [address(ids), len(ids), address(out), cols, packed.padded_cols, layout.block, layout.group]
-        words += [layout.bits, SCALES[layout.scale], layout.minimum, levels, number, 16]
+        words += [layout.bits, SCALES[layout.scale], layout.minimum, levels, number, 16, layout.offset]
         kernel = elementwise.embed_plain if layout.is_plain else elementwise.embed_codes
         self.team.run([(kernel.address, -(-len(ids) // 16))], weight_words(packed) + words)
         return out

@@ -29,7 +29,7 @@ from ggufkit_formats.blocks import Quants
 from ggufkit_formats.errors import UsageError
 from ggufkit_formats.tensor import Tensor
 
-from .simd import LANES, planes
+from .simd import BIAS, FAMILY, LANES, QUAD, planes
 
 SLAB_NBYTES = 8 << 20  # float32 bytes of the rows that are packed at a time
 PLAIN = {"F32": "f32", "F16": "f16", "BF16": "bf16"}  # types whose bytes are kept as they are
@@ -66,6 +66,18 @@ class Layout:
         fits = [n for n in (32, 16, 8, 4) if n <= self.unit and largest * 127 * (n // 2) < 1 << 15]
         return fits[0] if fits else 0
 
+    @property
+    def too_much(self) -> int:
+        """What the kernels' operand is larger than the value: taken back through the inputs' sums (the starts)."""
+        if self.values == "codes":
+            return self.offset
+        return 0 if self.is_plain else BIAS
+
+    @property
+    def start_span(self) -> int:
+        """Inputs that share one start."""
+        return self.span if FAMILY.dot == "pairs" else self.unit
+
 
 @dataclass
 class Packed:
@@ -79,7 +91,7 @@ class Packed:
     dmin: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint16))
     minimum: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
     levels: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # the codebook, exact
-    table: np.ndarray = field(default_factory=lambda: np.empty(0, np.int8))  # (2, 32): int8 values, low parts
+    table: np.ndarray = field(default_factory=lambda: np.empty(0, np.int8))  # (2, QUAD): int8 values, low parts
     table_step: float = 1.0  # what the table's integers are multiplied with
 
     @property
@@ -304,8 +316,8 @@ def _set_table(out: Packed, codebook: np.ndarray) -> None:
         tables = [(whole - low) / 256, low]
     else:
         tables = [whole, np.zeros(16)]
-    out.table = aligned((2, 32), np.dtype(np.int8))
-    out.table[...] = np.tile(np.array(tables), 2)
+    out.table = aligned((2, QUAD), np.dtype(np.int8))
+    out.table[...] = np.tile(np.array(tables), QUAD // 16)
 
 
 def _pack_plain(tensor: Tensor, values: str, run: Callable) -> Packed:

@@ -27,9 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from .atomics import add_atomic, call, give_way, load_acquire, pause, store_release, swap_if
 from .jit import kernel
-from .simd import get_i64
+from .simd import add_atomic, call, get_i64, give_way, load_acquire, pause, store_release, swap_if
 
 # The mailbox: int64 words, those that different threads write 64 bytes apart. At byte 0 the ticket (counter of
 # kernels << 32 | next item), at 64 the kernel's function, args and number of items, at 128 the items done.

@@ -1,7 +1,6 @@
 """Tiles of vectors, one vector a token, and the dot products of packed codes with int8 inputs.
 
-Part of simd.py's vocabulary (see there): these are the operations that a matmul is made of. Names that end in
-`stride` are bytes from one token to the next.
+These are the operations that a matmul is made of. Names that end in `stride` are bytes from one token to the next.
 """
 
 from __future__ import annotations
@@ -11,39 +10,38 @@ from typing import Any
 import llvmlite.ir as ir
 from numba.core import types
 
-from .simd import (
+from .build import (
     FLOAT,
-    I1,
     I8,
     I16,
     I32,
     I64,
-    LANES,
-    QUAD,
     VECTOR,
-    Vector,
-    _call,
-    _const,
-    _fma,
-    _inputs,
-    _load,
-    _lookup,
-    _madd_bytes,
-    _madd_words,
-    _number,
-    _offset,
-    _pair,
-    _quad,
-    _splat,
-    _store,
-    _times_sign,
-    _token,
-    address,
-    f32,
-    i32,
-    intrinsic,
-    u8,
+    call,
+    const,
+    fma,
+    load,
+    number,
+    offset,
+    pick,
+    splat,
+    store,
+    token,
 )
+from .products import (
+    dot_s8s8,
+    dot_u8s8,
+    flip,
+    input_quad,
+    lookup,
+    madd_bytes,
+    madd_words,
+    magnitude,
+    quad,
+    times_sign,
+)
+from .target import FAMILY, LANES
+from .values import Vector, address, f32, i32, intrinsic, pair, u8
 
 # -- tiles: one vector a token ------------------------------------------------------------------------
 
@@ -77,57 +75,57 @@ zeros_i32 = _zeros("i32")
 zeros_f32 = _zeros("f32")
 
 
-def _dot_unsigned(builder: Any, tile: list[Any], codes: Any, scale: Any, at: Any, form: Any) -> list[Any]:
+def _pairs_unsigned(builder: Any, tile: list[Any], codes: Any, scale: Any, at: Any, form: Any) -> list[Any]:
     """tile[t] + scale * sum over the quads of (code - offset) * input, for codes below 8 bits.
 
     A span is as long as its int16 sums can hold. Sums in between may wrap: only the last value counts. The
     offset comes in through `starts`, which holds -offset times the sums of the span's inputs.
     """
-    inputs, stride, starts, starts_stride = at
+    x, stride, starts, starts_stride = at
     first, quads, bits, span, started = form
-    pairs = _pair(builder, scale)
+    pairs = pair(builder, scale)
     for s in range(first, first + quads, span):
         sums: list[Any] = [None] * len(tile)
         if started:
             for t in range(len(tile)):
-                one = _offset(builder, _token(builder, starts, starts_stride, t), 4 * (s // span))
-                sums[t] = builder.bitcast(_splat(builder, _load(builder, one, I32), LANES), VECTOR["i16"])
+                one = offset(builder, token(builder, starts, starts_stride, t), 4 * (s // span))
+                sums[t] = builder.bitcast(splat(builder, load(builder, one, I32), LANES), VECTOR["i16"])
         for q in range(s, s + span):
-            code = _quad(builder, codes, bits, q)
+            code = quad(builder, codes, bits, q)
             for t in range(len(tile)):
-                part = _madd_bytes(builder, code, _inputs(builder, inputs, stride, t, q))
+                part = madd_bytes(builder, code, input_quad(builder, x, stride, t, q))
                 sums[t] = part if sums[t] is None else builder.add(sums[t], part)
-        tile = [builder.add(a, _madd_words(builder, b, pairs)) for a, b in zip(tile, sums, strict=True)]
+        tile = [builder.add(a, madd_words(builder, b, pairs)) for a, b in zip(tile, sums, strict=True)]
     return tile
 
 
-def _dot_signed(builder: Any, tokens: int, codes: Any, table: Any, at: Any, form: Any) -> list[Any]:
+def _pairs_signed(builder: Any, tokens: int, codes: Any, table: Any, at: Any, form: Any) -> list[Any]:
     """The sums over the quads of value * input, where the value is a signed byte: the code, or table[code].
 
     |value| <= 128 goes into the unsigned operand, its sign into the input (|input| <= 127): no sum saturates.
     """
-    inputs, stride = at[:2]
+    x, stride = at[:2]
     first, quads, bits = form[:3]
     tile = [ir.Constant(VECTOR["i32"], None)] * tokens
     for q in range(first, first + quads):
-        value = _quad(builder, codes, bits, q)
+        value = quad(builder, codes, bits, q)
         if table is not None:
-            value = _lookup(builder, table, value)
-        size = _call(builder, f"llvm.abs.v{QUAD}i8", VECTOR["u8"], value, ir.Constant(I1, 0))
+            value = lookup(builder, table, value)
+        size = magnitude(builder, value)
         for t in range(tokens):
-            signed = _times_sign(builder, _inputs(builder, inputs, stride, t, q), value)
-            part = _madd_words(builder, _madd_bytes(builder, size, signed), _const(VECTOR["i16"], 1))
+            signed = times_sign(builder, input_quad(builder, x, stride, t, q), value)
+            part = madd_words(builder, madd_bytes(builder, size, signed), const(VECTOR["i16"], 1))
             tile[t] = builder.add(tile[t], part)
     return tile
 
 
 @intrinsic(prefer_literal=True)
-def dot_codes(
+def dot_pairs(
     typingctx: Any,
     total: Any,  # i32 tile
     codes: Any,  # Codes of 32 inputs
     scale: Any,  # i32: the integer scales of the unit
-    table: Any,  # u8: the codebook's int8 values twice, or their high parts
+    table: Any,  # u8: the codebook's int8 values, or their high parts
     low_table: Any,  # u8: their low parts
     inputs: Any,  # address of token 0's 32 int8 inputs, and bytes from token to token
     stride: Any,
@@ -139,7 +137,7 @@ def dot_codes(
     span: Any,  # constants: quads a span, whether there are starts
     started: Any,
 ) -> Any:
-    """total[t] + scale * sum over a unit's quads of value * input, in int32."""
+    """total[t] + scale * sum over a unit's quads of value * input, in int32, by int16 sums of two products."""
     literals = (first, quads, values, span, started)
     q0, n, kind, length, has = (x.literal_value for x in literals)
     form = (q0, n, codes.bits, length, has)
@@ -147,16 +145,79 @@ def dot_codes(
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         tile, at = _parts(builder, args[0]), args[5:9]
         if kind == 0:
-            return _tile(builder, args[0].type, _dot_unsigned(builder, tile, args[1], args[2], at, form))
-        found = _dot_signed(builder, len(tile), args[1], args[3] if kind > 1 else None, at, form)
+            return _tile(builder, args[0].type, _pairs_unsigned(builder, tile, args[1], args[2], at, form))
+        found = _pairs_signed(builder, len(tile), args[1], args[3] if kind > 1 else None, at, form)
         if kind == 3:
-            low = _dot_signed(builder, len(tile), args[1], args[4], at, form)
-            by = _const(VECTOR["i32"], 8)
+            low = _pairs_signed(builder, len(tile), args[1], args[4], at, form)
+            by = const(VECTOR["i32"], 8)
             found = [builder.add(builder.shl(x, by), y) for x, y in zip(found, low, strict=True)]
         out = [builder.add(x, builder.mul(y, args[2])) for x, y in zip(tile, found, strict=True)]
         return _tile(builder, args[0].type, out)
 
     return total(total, codes, i32, u8, u8, address, address, address, address, *literals), codegen
+
+
+def _fours(builder: Any, tokens: int, codes: Any, table: Any, at: Any, form: Any) -> list[Any]:
+    """int32 sums over a unit's quads of operand * input; the unit's start takes back what the operand has too much."""
+    x, stride, starts, starts_stride = at
+    first, quads, bits, kind, started = form
+    unsigned = FAMILY.dot == "u8s8"
+    if table is not None and unsigned:
+        table = flip(builder, table)
+    tile = [ir.Constant(VECTOR["i32"], None)] * tokens
+    if started:
+        for t in range(tokens):
+            one = offset(builder, token(builder, starts, starts_stride, t), 4 * (first // quads))
+            tile[t] = splat(builder, load(builder, one, I32), LANES)
+    for q in range(first, first + quads):
+        value = quad(builder, codes, bits, q)
+        if table is not None:
+            value = lookup(builder, table, value)
+        elif kind == 1 and unsigned:
+            value = flip(builder, value)
+        for t in range(tokens):
+            dot = dot_u8s8 if unsigned else dot_s8s8
+            tile[t] = dot(builder, tile[t], value, input_quad(builder, x, stride, t, q))
+    return tile
+
+
+@intrinsic(prefer_literal=True)
+def add_dots(
+    typingctx: Any,
+    acc: Any,  # f32 tile
+    codes: Any,  # Codes of 32 inputs
+    d: Any,  # f32: the unit's scales
+    table: Any,  # u8: as in dot_pairs
+    low_table: Any,
+    inputs: Any,  # address of token 0's 32 int8 inputs, and bytes from token to token
+    stride: Any,
+    starts: Any,  # address of token 0's starts, one int32 a unit, and bytes from token to token
+    starts_stride: Any,
+    scales: Any,  # address of token 0's input scale, and bytes from token to token
+    scales_stride: Any,
+    first: Any,  # constants: the unit's first quad and its number of quads
+    quads: Any,
+    values: Any,  # constant: as in dot_pairs
+    started: Any,  # constant: whether there are starts
+) -> Any:
+    """acc[t] + d * input scale * (sum over a unit's quads of value * input), products summed straight into int32."""
+    literals = (first, quads, values, started)
+    q0, n, kind, has = (x.literal_value for x in literals)
+    form = (q0, n, codes.bits, kind, has)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        acc, at, out = _parts(builder, args[0]), args[5:9], []
+        found = _fours(builder, len(acc), args[1], args[3] if kind > 1 else None, at, form)
+        if kind == 3:
+            low = _fours(builder, len(acc), args[1], args[4], at, form)
+            by = const(VECTOR["i32"], 8)
+            found = [builder.add(builder.shl(x, by), y) for x, y in zip(found, low, strict=True)]
+        for t, (a, n) in enumerate(zip(acc, found, strict=True)):
+            scale = splat(builder, load(builder, token(builder, args[9], args[10], t), FLOAT), LANES)
+            out.append(fma(builder, builder.sitofp(n, VECTOR["f32"]), builder.fmul(args[2], scale), a))
+        return _tile(builder, args[0].type, out)
+
+    return acc(acc, codes, f32, u8, u8, *[address] * 6, *literals), codegen
 
 
 @intrinsic
@@ -166,8 +227,8 @@ def add_floats(typingctx: Any, acc: Any, total: Any, d: Any, scales: Any, stride
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         out = []
         for t, (a, n) in enumerate(zip(_parts(builder, args[0]), _parts(builder, args[1]), strict=True)):
-            scale = _splat(builder, _load(builder, _token(builder, args[3], args[4], t), FLOAT), LANES)
-            out.append(_fma(builder, builder.sitofp(n, VECTOR["f32"]), builder.fmul(args[2], scale), a))
+            scale = splat(builder, load(builder, token(builder, args[3], args[4], t), FLOAT), LANES)
+            out.append(fma(builder, builder.sitofp(n, VECTOR["f32"]), builder.fmul(args[2], scale), a))
         return _tile(builder, args[0].type, out)
 
     return acc(acc, total, f32, address, address), codegen
@@ -180,8 +241,8 @@ def add_products(typingctx: Any, acc: Any, w: Any, x: Any, stride: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         out = []
         for t, a in enumerate(_parts(builder, args[0])):
-            value = _splat(builder, _load(builder, _token(builder, args[2], args[3], t), FLOAT), LANES)
-            out.append(_fma(builder, args[1], value, a))
+            value = splat(builder, load(builder, token(builder, args[2], args[3], t), FLOAT), LANES)
+            out.append(fma(builder, args[1], value, a))
         return _tile(builder, args[0].type, out)
 
     return acc(acc, f32, address, address), codegen
@@ -190,15 +251,15 @@ def add_products(typingctx: Any, acc: Any, w: Any, x: Any, stride: Any) -> Any:
 @intrinsic(prefer_literal=True)
 def add_columns(typingctx: Any, acc: Any, w: Any, x: Any, kind: Any) -> Any:
     """acc[j] + (LANES numbers of column j at w) * (float j at x); kind as in `load_number`."""
-    number = kind.literal_value
-    step = LANES * (4 if number == 0 else 2)
+    width = kind.literal_value
+    step = LANES * (4 if width == 0 else 2)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         out = []
         for j, a in enumerate(_parts(builder, args[0])):
-            column = _number(builder, _offset(builder, args[1], j * step), number, LANES)
-            value = _splat(builder, _load(builder, _offset(builder, args[2], 4 * j), FLOAT), LANES)
-            out.append(_fma(builder, column, value, a))
+            column = number(builder, offset(builder, args[1], j * step), width, LANES)
+            value = splat(builder, load(builder, offset(builder, args[2], 4 * j), FLOAT), LANES)
+            out.append(fma(builder, column, value, a))
         return _tile(builder, args[0].type, out)
 
     return acc(acc, address, address, kind), codegen
@@ -212,18 +273,18 @@ def store_tile(typingctx: Any, acc: Any, added: Any, at: Any, stride: Any, rows:
         ty = VECTOR["f32"]
         full = builder.icmp_signed(">=", args[4], ir.Constant(I64, LANES))
         lanes = ir.Constant(VECTOR["i32"], list(range(LANES)))
-        count = _splat(builder, builder.trunc(args[4], I32), LANES)
+        count = splat(builder, builder.trunc(args[4], I32), LANES)
         mask = builder.icmp_signed("<", lanes, count)
         values = [builder.fadd(a, args[1]) for a in _parts(builder, args[0])]
         with builder.if_else(full) as (whole, ragged):
             with whole:
                 for t, value in enumerate(values):
-                    _store(builder, _token(builder, args[2], args[3], t), value)
+                    store(builder, token(builder, args[2], args[3], t), value)
             with ragged:
                 for t, value in enumerate(values):
-                    to = builder.inttoptr(_token(builder, args[2], args[3], t), ty.as_pointer())
+                    to = builder.inttoptr(token(builder, args[2], args[3], t), ty.as_pointer())
                     name = f"llvm.masked.store.v{LANES}f32.p0"
-                    _call(builder, name, ir.VoidType(), value, to, ir.Constant(I32, 1), mask)
+                    call(builder, name, ir.VoidType(), value, to, ir.Constant(I32, 1), mask)
         return context.get_dummy_value()
 
     return types.void(acc, f32, address, address, types.int64), codegen
@@ -234,7 +295,7 @@ def load_tile(typingctx: Any, like: Any, at: Any, stride: Any) -> Any:
     """A float32 tile of the size of `like`, whose vectors are `stride` bytes apart."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        vectors = [_load(builder, _token(builder, args[1], args[2], t), VECTOR["f32"]) for t in range(like.count)]
+        vectors = [load(builder, token(builder, args[1], args[2], t), VECTOR["f32"]) for t in range(like.count)]
         return _tile(builder, args[0].type, vectors)
 
     return like(like, address, address), codegen
@@ -264,26 +325,37 @@ def _fold(builder: Any, x: Any, width: int, groups: int) -> Any:
         picks = []
         for odd in (0, 1):
             index = [2 * (k // width) * width + odd * width + k % width for k in range(half)]
-            picks.append(builder.shuffle_vector(x, x, ir.Constant(ir.VectorType(I32, half), index)))
+            picks.append(pick(builder, x, index))
         x = builder.add(*picks)
     return x
 
 
 def _pair_sums(builder: Any, at: Any) -> Any:
-    """int16: the sums of neighbours among the 32 int8 inputs at an address."""
-    inputs = _load(builder, at, ir.VectorType(I8, 32))
-    return _madd_bytes(builder, _const(VECTOR["u8"], 1), inputs)
+    """16 int16: the sums of neighbours among the 32 int8 inputs at an address."""
+    inputs = load(builder, at, ir.VectorType(I8, 32))
+    return madd_bytes(builder, const(inputs.type, 1), inputs)
+
+
+def _sums(builder: Any, at: Any, length: int) -> Any:
+    """int32: the sums of each `length` of the 32 int8 inputs at an address."""
+    words = _pair_sums(builder, at)
+    return _fold(builder, madd_words(builder, words, const(words.type, 1)), 1, 32 // length)
 
 
 @intrinsic(prefer_literal=True)
 def store_starts(typingctx: Any, inputs: Any, factor: Any, at: Any, span: Any) -> Any:
-    """For `dot_unsigned`: factor times the sums of each span of 32 inputs, as pairs of wrapped int16."""
+    """factor times the sums of each span of 32 inputs: pairs of wrapped int16 for `dot_pairs`, int32 for `add_dots`."""
     length = span.literal_value
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pairs = _pair_sums(builder, args[0])
-        pairs = builder.mul(pairs, _splat(builder, builder.trunc(args[1], I16), 2 * LANES))
-        _store(builder, args[2], _fold(builder, pairs, 2, 32 // length))
+        if FAMILY.dot == "pairs":
+            sums = _pair_sums(builder, args[0])
+            sums = builder.mul(sums, splat(builder, builder.trunc(args[1], I16), sums.type.count))
+            sums = _fold(builder, sums, 2, 32 // length)
+        else:
+            sums = _sums(builder, args[0], length)
+            sums = builder.mul(sums, splat(builder, builder.trunc(args[1], I32), sums.type.count))
+        store(builder, args[2], sums)
         return context.get_dummy_value()
 
     return types.void(address, types.int64, address, span), codegen
@@ -295,10 +367,9 @@ def store_sums(typingctx: Any, inputs: Any, scale: Any, at: Any, unit: Any) -> A
     length = unit.literal_value
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        sums = _madd_words(builder, _pair_sums(builder, args[0]), _const(VECTOR["i16"], 1))
-        sums = _fold(builder, sums, 1, 32 // length)
+        sums = _sums(builder, args[0], length)
         floats = builder.sitofp(sums, ir.VectorType(FLOAT, sums.type.count))
-        _store(builder, args[2], builder.fmul(floats, _splat(builder, args[1], sums.type.count)))
+        store(builder, args[2], builder.fmul(floats, splat(builder, args[1], sums.type.count)))
         return context.get_dummy_value()
 
     return types.void(address, types.float32, address, unit), codegen

@@ -7,7 +7,7 @@ from typing import Any
 import llvmlite.ir as ir
 from numba.core import cgutils, types
 
-from .simd import intrinsic
+from .values import intrinsic
 
 I64 = ir.IntType(64)
 address = types.int64

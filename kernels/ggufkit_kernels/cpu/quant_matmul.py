@@ -1,0 +1,233 @@
+"""Packed codes times int8 inputs: out (n, rows) = x (n, cols) @ weight.T for quantized weights.
+
+An item is a few strips of rows times a few tokens; inside it a strip is unpacked once for a tile of tokens. The same
+operations in the same order serve one token and many, so prefill and decode round alike.
+
+Two ways, by what the processor has (`FAMILY.dot`):
+- `by_fours` (AVX-512 VNNI, AVX-VNNI, NEON dot products): one instruction adds four products of bytes to an int32.
+  A unit of 32 or 16 inputs is summed, then goes into float32 with one conversion, one multiplication by the input's
+  scale and one fma: 3 operations beside 8 (or 4).
+- `by_pairs` (AVX2, AVX-512 without VNNI, anything): `vpmaddubsw` adds two products into an int16. They are summed as
+  far as they fit, then `vpmaddwd` with the integer scale brings them into int32 for free.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from .jit import kernel
+from .simd import (
+    LANES,
+    QUAD,
+    add_dots,
+    add_floats,
+    add_products,
+    dot_pairs,
+    float_i32,
+    get_i64,
+    load_bytes,
+    load_codes,
+    load_number,
+    load_u8,
+    mul_f32,
+    neg_f32,
+    splat_f32,
+    splat_i32,
+    store_tile,
+    zeros_f32,
+    zeros_i32,
+)
+from .team import address_of
+from .words import (
+    BLOCKS,
+    CODES,
+    COLS,
+    DMIN,
+    MINIMUM,
+    OUT,
+    ROWS,
+    SCALE,
+    STARTS,
+    STRIP_NBYTES,
+    SUMS,
+    TABLE,
+    A,
+    D,
+    N,
+    Q,
+    bias_of,
+    part_of,
+)
+
+
+@cache
+def by_pairs(
+    values: int,
+    bits: int,
+    block: int,
+    group: int,
+    scaled: int,
+    minimum: int,
+    wide: int,
+    span: int,
+    started: int,
+    tokens: int,
+) -> int:
+    """Kernel: packed codes x int8 inputs, for one layout (see `Layout`; `span` in quads) and tile, in int16 pairs."""
+    small = 1 if block == 16 else 0  # a chunk has two d
+    halves = 1 if group == 16 else 0  # a chunk has two scales and two sums
+    chunks, group_chunks = max(1, block // 32), max(1, group // 32)
+    number, quads = (0 if wide else 1), (4 if halves else 8)
+    code_step, scale_step, d_step = bits * 4 * LANES, LANES * (block // group), LANES * (4 if wide else 2)
+    block_step = 2 * d_step if small else d_step
+    sum_step, start_step = (8 if halves else 4), (4 * (8 // span) if started else 0)
+
+    @kernel
+    def packed(args, item, worker):
+        strip0, strip1, token0, token1 = part_of(args, item)
+        n, rows, cols, blocks = get_i64(args + N), get_i64(args + ROWS), get_i64(args + COLS), get_i64(args + BLOCKS)
+        table, low_table = load_u8(get_i64(args + TABLE)), load_u8(get_i64(args + TABLE) + QUAD)
+        scale, low = splat_i32(1), splat_f32(0.0)
+        for strip in range(strip0, strip1):
+            bias = bias_of(args, strip)
+            for first in range(token0, token1, tokens):
+                t = min(first, n - tokens)  # the last tile may repeat tokens of the one before
+                code = get_i64(args + CODES) + strip * get_i64(args + STRIP_NBYTES)
+                at_d = get_i64(args + D) + strip * blocks * d_step
+                at_dmin = get_i64(args + DMIN) + strip * blocks * d_step
+                at_scale = get_i64(args + SCALE) + strip * blocks * scale_step
+                at_min = get_i64(args + MINIMUM) + strip * blocks * scale_step
+                q, a = get_i64(args + Q) + first * cols, get_i64(args + A) + first * cols // 8
+                start = get_i64(args + STARTS) + first * cols // 32 * start_step
+                sums = get_i64(args + SUMS) + first * cols // 32 * sum_step
+                acc = zeros_f32(tokens)
+                for _ in range(cols // 32 // chunks):
+                    d = load_number(at_d, number)
+                    for c in range(chunks):
+                        planes = load_codes(code, bits)
+                        total = zeros_i32(tokens)
+                        if scaled:
+                            scale = load_bytes(at_scale + c // group_chunks * LANES * (1 + halves), scaled)
+                        total = dot_pairs(
+                            total,
+                            planes,
+                            scale,
+                            table,
+                            low_table,
+                            q,
+                            32,
+                            start,
+                            start_step,
+                            0,
+                            quads,
+                            values,
+                            span,
+                            started,
+                        )
+                        if small:
+                            acc = add_floats(acc, total, d, a, 4)
+                            d, total = load_number(at_d + d_step, number), zeros_i32(tokens)
+                        if halves:
+                            if scaled:
+                                scale = load_bytes(at_scale + (2 * c + 1) * LANES, scaled)
+                            total = dot_pairs(
+                                total,
+                                planes,
+                                scale,
+                                table,
+                                low_table,
+                                q,
+                                32,
+                                start,
+                                start_step,
+                                4,
+                                4,
+                                values,
+                                span,
+                                started,
+                            )
+                        acc = add_floats(acc, total, d, a, 4)
+                        if minimum:
+                            for u in range(1 + halves):
+                                low = neg_f32(load_number(at_dmin + u * small * d_step, number))
+                                if minimum == 2:
+                                    which = (c // group_chunks * (1 + halves) + u) * LANES
+                                    low = mul_f32(low, float_i32(load_bytes(at_min + which, 2)))
+                                acc = add_products(acc, low, sums + 4 * u, sum_step)
+                        code, q, a = code + code_step, q + 32 * tokens, a + 4 * tokens
+                        start, sums = start + start_step * tokens, sums + sum_step * tokens
+                    at_d, at_dmin = at_d + block_step, at_dmin + block_step
+                    at_scale, at_min = at_scale + scale_step, at_min + scale_step
+                store_tile(
+                    acc, bias, get_i64(args + OUT) + 4 * (t * rows + strip * LANES), 4 * rows, rows - strip * LANES
+                )
+
+    return address_of(packed)
+
+
+@cache
+def by_fours(
+    values: int, bits: int, block: int, group: int, scaled: int, minimum: int, wide: int, started: int, tokens: int
+) -> int:
+    """Kernel: packed codes x int8 inputs, for one layout and tile, summed four products at a time."""
+    small = 1 if block == 16 else 0  # a chunk has two d
+    units = 2 if group == 16 else 1  # a chunk has two scales, two starts and two sums
+    chunks, group_chunks = max(1, block // 32), max(1, group // 32)
+    number, quads = (0 if wide else 1), 8 // units
+    code_step, scale_step, d_step = bits * QUAD, LANES * (block // group), LANES * (4 if wide else 2)
+    block_step = 2 * d_step if small else d_step
+    sum_step, start_step = 4 * units, (4 * units if started else 0)
+
+    @kernel
+    def packed(args, item, worker):
+        strip0, strip1, token0, token1 = part_of(args, item)
+        n, rows, cols, blocks = get_i64(args + N), get_i64(args + ROWS), get_i64(args + COLS), get_i64(args + BLOCKS)
+        table, low_table = load_u8(get_i64(args + TABLE)), load_u8(get_i64(args + TABLE) + QUAD)
+        for strip in range(strip0, strip1):
+            bias = bias_of(args, strip)
+            for first in range(token0, token1, tokens):
+                t = min(first, n - tokens)  # the last tile may repeat tokens of the one before
+                code = get_i64(args + CODES) + strip * get_i64(args + STRIP_NBYTES)
+                at_d = get_i64(args + D) + strip * blocks * d_step
+                at_dmin = get_i64(args + DMIN) + strip * blocks * d_step
+                at_scale = get_i64(args + SCALE) + strip * blocks * scale_step
+                at_min = get_i64(args + MINIMUM) + strip * blocks * scale_step
+                q, a = get_i64(args + Q) + first * cols, get_i64(args + A) + first * cols // 8
+                start = get_i64(args + STARTS) + first * cols // 32 * start_step
+                sums = get_i64(args + SUMS) + first * cols // 32 * sum_step
+                acc = zeros_f32(tokens)
+                for _ in range(cols // 32 // chunks):
+                    d = load_number(at_d, number)
+                    for c in range(chunks):
+                        planes, group0 = load_codes(code, bits), c // group_chunks * units
+                        scale = d
+                        if scaled:
+                            scale = mul_f32(d, float_i32(load_bytes(at_scale + group0 * LANES, scaled)))
+                        acc = add_dots(
+                            acc, planes, scale, table, low_table, q, 32, start, start_step, a, 4,
+                            0, quads, values, started,
+                        )  # fmt: skip
+                        if units == 2:
+                            if small:
+                                scale = load_number(at_d + d_step, number)
+                            elif scaled:
+                                scale = mul_f32(d, float_i32(load_bytes(at_scale + (group0 + 1) * LANES, scaled)))
+                            acc = add_dots(
+                                acc, planes, scale, table, low_table, q, 32, start, start_step, a, 4,
+                                4, 4, values, started,
+                            )  # fmt: skip
+                        if minimum:
+                            for u in range(units):
+                                low = neg_f32(load_number(at_dmin + u * small * d_step, number))
+                                if minimum == 2:
+                                    low = mul_f32(low, float_i32(load_bytes(at_min + (group0 + u) * LANES, 2)))
+                                acc = add_products(acc, low, sums + 4 * u, sum_step)
+                        code, q, a = code + code_step, q + 32 * tokens, a + 4 * tokens
+                        start, sums = start + start_step * tokens, sums + sum_step * tokens
+                    at_d, at_dmin = at_d + block_step, at_dmin + block_step
+                    at_scale, at_min = at_scale + scale_step, at_min + scale_step
+                store_tile(
+                    acc, bias, get_i64(args + OUT) + 4 * (t * rows + strip * LANES), 4 * rows, rows - strip * LANES
+                )
+
+    return address_of(packed)

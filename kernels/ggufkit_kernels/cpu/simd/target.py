@@ -1,0 +1,103 @@
+"""What the kernels are compiled for: the instruction sets, and with them the width of a vector.
+
+Numba compiles for the processor it runs on, unless NUMBA_CPU_NAME and NUMBA_CPU_FEATURES say otherwise; an
+instruction that this target lacks would end the process, so everything here asks the target, not the processor.
+
+A *family* is how wide vectors are and how products of bytes are summed. `GGUFKIT_SIMD` names another one than the
+best: its kernels then run with the instructions there are, an instruction that is missing being made of others.
+So a machine can check the layouts and the arithmetic of every family; only speed needs the processor itself.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from ggufkit_formats.errors import UsageError
+from numba.core import config
+from numba.core.registry import cpu_target
+
+# What a processor's name alone implies, for NUMBA_CPU_NAME without features.
+_AVX2 = frozenset(("avx2", "f16c"))
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl"}
+_VNNI = _AVX512 | {"avx512vnni"}
+BY_NAME = {
+    "haswell": _AVX2,
+    "broadwell": _AVX2,
+    "skylake": _AVX2,
+    "znver": _AVX2,
+    "x86-64-v3": _AVX2,
+    "alderlake": _AVX2 | {"avxvnni"},
+    "skylake-avx512": _AVX512,
+    "x86-64-v4": _AVX512,
+    "cascadelake": _VNNI,
+    "icelake": _VNNI,
+    "sapphirerapids": _VNNI | {"avxvnni"},
+    "znver4": _VNNI,
+    "znver5": _VNNI | {"avxvnni"},
+}
+KNOWN = ("avx2", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512vnni", "avxvnni", "neon", "dotprod")
+
+
+def compiled_features() -> frozenset[str]:
+    """The instruction sets among KNOWN that Numba compiles for (not: that the processor has)."""
+    context: Any = cpu_target.target_context
+    asked = (context.codegen()._tm_features or "").split(",")
+    found = {name for name in KNOWN if f"+{name}" in asked}
+    cpu = getattr(config, "CPU_NAME", None) or ""
+    names = [name for name in BY_NAME if cpu.startswith(name)]
+    if names:
+        found |= BY_NAME[max(names, key=len)]
+    return frozenset(found - {name for name in KNOWN if f"-{name}" in asked})
+
+
+@dataclass(frozen=True)
+class Family:
+    """How kernels are laid out. `lanes` rows stand side by side; a matmul's tile is `tokens` tokens.
+
+    `dot`: "pairs", products of bytes are summed two by two into int16, then into int32; "u8s8" and "s8s8", four by
+    four straight into int32, with an unsigned or a signed first operand.
+    """
+
+    name: str
+    lanes: int
+    tokens: int
+    dot: str
+    needs: frozenset[str] = frozenset()
+
+
+FAMILIES = {
+    family.name: family
+    for family in (  # best first
+        Family("avx512vnni", 16, 8, "u8s8", frozenset(("avx512bw", "avx512vl", "avx512vnni"))),
+        Family("avx512", 16, 8, "pairs", frozenset(("avx512bw", "avx512vl"))),
+        Family("avxvnni", 8, 4, "u8s8", frozenset(("avx2", "avxvnni"))),
+        Family("avx2", 8, 4, "pairs", frozenset(("avx2",))),
+        Family("dotprod", 8, 4, "s8s8", frozenset(("dotprod",))),
+        Family("plain", 8, 4, "pairs"),
+    )
+}
+SETTING = "GGUFKIT_SIMD"
+
+
+def choose() -> Family:
+    """The family that GGUFKIT_SIMD names, or the best one that the target has. Raises UsageError for a wrong name."""
+    asked = os.environ.get(SETTING, "")
+    if asked:
+        if asked not in FAMILIES:
+            raise UsageError(f"{SETTING}={asked[:40]!r} is not one of {', '.join(FAMILIES)}")
+        return FAMILIES[asked]
+    return next(family for family in FAMILIES.values() if family.needs <= FEATURES)
+
+
+FEATURES = compiled_features()
+FAMILY = choose()
+LANES = FAMILY.lanes  # rows that are packed side by side
+QUAD = 4 * LANES  # bytes of a vector
+BIAS = 128 if FAMILY.dot == "u8s8" else 0  # what signed bytes get to become the unsigned operand
+
+
+def has(*features: str) -> bool:
+    """Whether the target has these instruction sets."""
+    return FEATURES.issuperset(features)
