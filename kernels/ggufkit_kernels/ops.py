@@ -77,6 +77,12 @@ class Ops(Protocol):
         """x + y, elementwise; may reuse `x`."""
         ...
 
+    def forward(self, network: Any, config: Any, weights: Any, ids: np.ndarray, cache: Cache, first: int = 0) -> Array:
+        """network(config, weights, self, ids, cache, first): the logits of ids[first:]. A backend may record the
+        calls that a single token makes and replay them for the next ones: a network may branch on `config`,
+        `weights` and len(ids), but not on values, the ids or the position."""
+        ...
+
     def to_numpy(self, x: Array) -> np.ndarray:
         """The values on the host, float32."""
         ...

@@ -6,6 +6,9 @@ Nothing here is meant to be fast.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from ggufkit_formats.errors import UsageError
 from ggufkit_formats.tensor import Tensor
@@ -126,6 +129,12 @@ class RefOps:
     def add(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """x + y."""
         return x + y
+
+    def forward(
+        self, network: Callable, config: Any, weights: Any, ids: np.ndarray, cache: RefCache, first: int = 0
+    ) -> np.ndarray:
+        """network(config, weights, self, ids, cache, first)."""
+        return network(config, weights, self, ids, cache, first)
 
     def to_numpy(self, x: np.ndarray) -> np.ndarray:
         """The values themselves."""

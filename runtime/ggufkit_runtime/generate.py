@@ -118,7 +118,9 @@ class Model:
             raise UsageError(f"token ids are 0 to {self.config.n_vocab - 1}, not {ids.min()} to {ids.max()}")
         if cache.length + len(ids) > cache.n_ctx:
             raise UsageError(f"{cache.length + len(ids)} tokens do not fit a context of {cache.n_ctx}")
-        logits = self.ops.to_numpy(self.architecture.forward(self.config, self.weights, self.ops, ids, cache, first))
+        logits = self.ops.to_numpy(
+            self.ops.forward(self.architecture.forward, self.config, self.weights, ids, cache, first)
+        )
         if not np.isfinite(logits.max(axis=1)).all():
             raise FormatError(f"{self.info.name}: the network's output is NaN or infinite: its weights are broken")
         return logits

@@ -1,13 +1,18 @@
 """Causal attention over a cache of float16 keys and values.
 
-An item is one key head and a tile of 4 or 8 of the queries that read it (the heads of its group, then the next
-rows). Keys lie transposed in blocks of LANES positions, so that a vector holds one dimension of LANES keys and a
-score needs no sum across lanes; a key is loaded and converted once for the whole tile. Two passes: all scores of
-the tile into the worker's scratch, their softmax, then the weighted sum of the values, held in registers over
-all positions.
+A tile is 4 or 8 of the queries that read one key head (the heads of its group, then the next rows); a key is loaded
+and converted once for all of them. Keys lie transposed in blocks of LANES positions, so that a vector holds one
+dimension of LANES keys and a score needs no sum across lanes.
+
+Positions go by splits of SPLIT: a tile's scores stay in the L1 cache, as do the values that they weigh. Each split
+gives a maximum, a sum and weighted values; `merge` joins them in the order of positions (online softmax, Milakov and
+Gimelshein, arXiv 1805.02867). A batch of tokens walks all splits in one item; a single token makes every split an
+item of its own (Flash-Decoding), so that long contexts keep all threads busy, and joins them afterwards by the same
+operations in the same order: bit for bit the same.
 
     keys    (n_kv_heads, positions / LANES, head_dim, LANES) float16
     values  (n_kv_heads, positions, padded head_dim) float16
+    part    maximum (queries,), sum (queries,), weighted values (queries, padded head_dim), float32
 """
 
 from __future__ import annotations
@@ -22,13 +27,15 @@ from .simd import (
     add_f32,
     add_products,
     exp_f32,
+    first_f32,
+    fma_f32,
     get_f32,
     get_i64,
     largest_f32,
     load_f32,
     load_number,
-    load_tile,
     max_f32,
+    mul_f32,
     put_f16,
     put_f32,
     splat_f32,
@@ -56,7 +63,8 @@ ATTEND_WORDS = [
     "scale",
     "scratch",
     "scratch_nbytes",
-    "score_nbytes",
+    "parts",
+    "splits",
     "query_items",
     "queries_per_item",
     "tokens_per_item",
@@ -78,12 +86,15 @@ ATTEND_WORDS = [
     SCALE,
     SCRATCH,
     SCRATCH_NBYTES,
-    SCORE_NBYTES,
+    PARTS,
+    SPLITS,
     QUERY_ITEMS,
     QUERIES_PER_ITEM,
     TOKENS_PER_ITEM,
 ) = (8 * k for k in range(len(ATTEND_WORDS)))
-POSITION_BLOCK = 128
+START_WORD, SCRATCH_WORD, PARTS_WORD = START // 8, SCRATCH // 8, PARTS // 8
+SPLIT = 256  # positions
+SCORE_NBYTES = 4 * SPLIT + 64  # of a query's scores: rows a power of two apart would fight for cache lines
 
 
 @lazy
@@ -105,15 +116,16 @@ def append(args, item, worker):
 
 
 @kernel
-def softmax(scores, own, limit):
-    """exp(score - largest) over the first `own` floats, 0 from there to `limit`; returns 1 / their sum."""
+def weigh(scores, own, limit, part, j, queries):
+    """The scores' maximum and sum into a part; exp(score - maximum) over the first `own` floats, 0 up to `limit`."""
     whole = (own + LANES - 1) // LANES * LANES
     for i in range(own, whole):
         put_f32(scores + 4 * i, np.float32(-np.inf))
     top = splat_f32(-np.inf)
     for i in range(0, whole, LANES):
         top = max_f32(load_f32(scores + 4 * i), top)
-    top = splat_f32(-largest_f32(top))
+    largest = largest_f32(top)
+    top = splat_f32(-largest)
     total = splat_f32(0.0)
     for i in range(0, whole, LANES):
         e = exp_f32(add_f32(load_f32(scores + 4 * i), top))
@@ -121,69 +133,151 @@ def softmax(scores, own, limit):
         total = add_f32(total, e)
     for i in range(whole, limit):
         put_f32(scores + 4 * i, np.float32(0.0))
-    return np.float32(1.0) / sum_f32(total)
+    put_f32(part + 4 * j, largest)
+    put_f32(part + 4 * (queries + j), sum_f32(total))
+
+
+@kernel
+def merge(into, part, queries, padded):
+    """Join the part of the next positions into that of the earlier ones."""
+    for j in range(queries):
+        before, after = get_f32(into + 4 * j), get_f32(part + 4 * j)
+        largest = max(before, after)
+        old, new = exp_f32(splat_f32(before - largest)), exp_f32(splat_f32(after - largest))
+        put_f32(into + 4 * j, largest)
+        total, more = splat_f32(get_f32(into + 4 * (queries + j))), splat_f32(get_f32(part + 4 * (queries + j)))
+        put_f32(into + 4 * (queries + j), first_f32(fma_f32(more, new, mul_f32(total, old))))
+        x, y = into + 4 * (2 * queries + j * padded), part + 4 * (2 * queries + j * padded)
+        for i in range(0, 4 * padded, 4 * LANES):
+            store_f32(x + i, fma_f32(load_f32(y + i), new, mul_f32(load_f32(x + i), old)))
+
+
+@kernel
+def finish(args, head, first, count, part, queries):
+    """Write a tile's outputs: weighted values over their sum."""
+    n_heads, dim, padded = get_i64(args + N_HEADS), get_i64(args + HEAD_DIM), get_i64(args + PADDED_DIM)
+    group = n_heads // get_i64(args + N_KV_HEADS)
+    for j in range(count):
+        which = first + j
+        out = get_i64(args + OUT) + 4 * (which // group * n_heads + head * group + which % group) * dim
+        factor = np.float32(1.0) / get_f32(part + 4 * (queries + j))
+        for i in range(dim):
+            put_f32(out + 4 * i, get_f32(part + 4 * (2 * queries + j * padded + i)) * factor)
+
+
+@kernel
+def one_split(zero, queries, args, head, first, count, p0, scores, query, part):
+    """The part of a tile for the positions of one split. `zero` is a tile of `queries` vectors."""
+    dim, padded, start = get_i64(args + HEAD_DIM), get_i64(args + PADDED_DIM), get_i64(args + START)
+    group = get_i64(args + N_HEADS) // get_i64(args + N_KV_HEADS)
+    p1 = min(start + (first + count - 1) // group + 1, p0 + SPLIT)
+    keys = get_i64(args + KEYS) + 2 * head * get_i64(args + POSITIONS) * dim
+    values = get_i64(args + VALUES) + 2 * head * get_i64(args + POSITIONS) * padded
+    for block in range(p0, p1, LANES):
+        acc = zero
+        k = keys + 2 * block * dim
+        for i in range(dim):
+            acc = add_products(acc, load_number(k + 2 * LANES * i, 1), query + 4 * i, 4 * dim)
+        store_tile(acc, splat_f32(0.0), scores + 4 * (block - p0), SCORE_NBYTES, LANES)
+    for j in range(queries):
+        own = start + (first + min(j, count - 1)) // group + 1
+        weigh(scores + j * SCORE_NBYTES, min(max(own - p0, 0), SPLIT), p1 - p0, part, j, queries)
+    for i in range(0, padded, LANES):
+        acc = zero
+        v = values + 2 * (p0 * padded + i)
+        for p in range(p1 - p0):
+            acc = add_products(acc, load_number(v, 1), scores + 4 * p, SCORE_NBYTES)
+            v += 2 * padded
+        store_tile(acc, splat_f32(0.0), part + 4 * (2 * queries + i), 4 * padded, LANES)
+
+
+@kernel
+def gather(args, head, first, count, query, queries):
+    """A tile's queries side by side, times the scale."""
+    n_heads, dim, scale = get_i64(args + N_HEADS), get_i64(args + HEAD_DIM), get_f32(args + SCALE)
+    group = n_heads // get_i64(args + N_KV_HEADS)
+    for j in range(queries):
+        which = first + min(j, count - 1)
+        x = get_i64(args + QUERY) + 4 * (which // group * n_heads + head * group + which % group) * dim
+        for i in range(dim):
+            put_f32(query + 4 * (j * dim + i), get_f32(x + 4 * i) * scale)
 
 
 @cache
 def attend(queries: int) -> int:
-    """Kernel: attention with tiles of `queries` queries (4 or 8)."""
+    """Kernel: attention of a batch; an item is one key head and some tiles of `queries` (4 or 8) of its queries."""
 
     @kernel
     def attend(args, item, worker):
-        """Scores, softmax and weighted sum for one key head and some tiles of its queries."""
         n, n_heads, kv_heads = get_i64(args + N), get_i64(args + N_HEADS), get_i64(args + N_KV_HEADS)
         dim, padded, start = get_i64(args + HEAD_DIM), get_i64(args + PADDED_DIM), get_i64(args + START)
         group = n_heads // kv_heads
         head, part = item // get_i64(args + QUERY_ITEMS), item % get_i64(args + QUERY_ITEMS)
-        per_item, stride = get_i64(args + QUERIES_PER_ITEM), get_i64(args + SCORE_NBYTES)
-        keys = get_i64(args + KEYS) + 2 * head * get_i64(args + POSITIONS) * dim
-        values = get_i64(args + VALUES) + 2 * head * get_i64(args + POSITIONS) * padded
+        per_item, zero = get_i64(args + QUERIES_PER_ITEM), zeros_f32(queries)
         scores = get_i64(args + SCRATCH) + worker * get_i64(args + SCRATCH_NBYTES)
-        query = scores + queries * stride
+        query = scores + queries * SCORE_NBYTES
         result = query + 4 * queries * dim
-        scale = get_f32(args + SCALE)
+        more = result + 4 * queries * (padded + 2)
         for first in range(part * per_item, min((part + 1) * per_item, n * group), queries):
             count = min(queries, n * group - first)
-            limit = start + (first + count - 1) // group + 1
-            for j in range(queries):  # the tile's queries side by side, times the scale
-                which = first + min(j, count - 1)
-                x = get_i64(args + QUERY) + 4 * (which // group * n_heads + head * group + which % group) * dim
-                for i in range(dim):
-                    put_f32(query + 4 * (j * dim + i), get_f32(x + 4 * i) * scale)
-            for block in range(0, limit, LANES):
-                acc = zeros_f32(queries)
-                k = keys + 2 * block * dim
-                for i in range(dim):
-                    acc = add_products(acc, load_number(k + 2 * LANES * i, 1), query + 4 * i, 4 * dim)
-                store_tile(acc, splat_f32(0.0), scores + 4 * block, stride, LANES)
-            for j in range(queries):
-                own = start + (first + min(j, count - 1)) // group + 1
-                factor = softmax(scores + j * stride, own, limit)
-                put_f32(result + 4 * (queries * padded + j), factor)
-            for p0 in range(0, limit, POSITION_BLOCK):  # a block of values stays in the L1 cache
-                p1 = min(p0 + POSITION_BLOCK, limit)
-                for i in range(0, padded, LANES):
-                    acc = zeros_f32(queries)
-                    if p0:
-                        acc = load_tile(acc, result + 4 * i, 4 * padded)
-                    v = values + 2 * (p0 * padded + i)
-                    for p in range(p0, p1):
-                        acc = add_products(acc, load_number(v, 1), scores + 4 * p, stride)
-                        v += 2 * padded
-                    store_tile(acc, splat_f32(0.0), result + 4 * i, 4 * padded, LANES)
-            for j in range(count):
-                which = first + j
-                out = get_i64(args + OUT) + 4 * (which // group * n_heads + head * group + which % group) * dim
-                factor = get_f32(result + 4 * (queries * padded + j))
-                for i in range(dim):
-                    put_f32(out + 4 * i, get_f32(result + 4 * (j * padded + i)) * factor)
+            gather(args, head, first, count, query, queries)
+            one_split(zero, queries, args, head, first, count, 0, scores, query, result)
+            for p0 in range(SPLIT, start + (first + count - 1) // group + 1, SPLIT):
+                one_split(zero, queries, args, head, first, count, p0, scores, query, more)
+                merge(result, more, queries, padded)
+            finish(args, head, first, count, result, queries)
 
     return address_of(attend)
 
 
-def scratch_nbytes(queries: int, limit: int, head_dim: int, padded_dim: int) -> tuple[int, int]:
-    """Bytes of a worker's scratch, and of one query's scores, for positions below `limit`."""
-    score = -(-limit // 16) * 64 + 64  # rows a power of two apart would fight for cache lines
-    score += 64 * (score % 4096 == 0)
-    nbytes = queries * (score + 4 * head_dim + 4 * padded_dim + 4)
-    return -(-nbytes // 64) * 64, score
+@cache
+def attend_split(queries: int) -> int:
+    """Kernel: attention of one token; an item is one key head, one tile of its queries, and one split."""
+
+    @kernel
+    def attend_split(args, item, worker):
+        kv_heads, padded, zero = get_i64(args + N_KV_HEADS), get_i64(args + PADDED_DIM), zeros_f32(queries)
+        group, tiles = get_i64(args + N_HEADS) // kv_heads, get_i64(args + QUERY_ITEMS)
+        p0 = item // (kv_heads * tiles) * SPLIT
+        if p0 <= get_i64(args + START):
+            tile = item % (kv_heads * tiles)
+            first = tile % tiles * queries
+            count = min(queries, group - first)
+            scores = get_i64(args + SCRATCH) + worker * get_i64(args + SCRATCH_NBYTES)
+            query = scores + queries * SCORE_NBYTES
+            part = get_i64(args + PARTS) + 4 * queries * (padded + 2) * (tile * get_i64(args + SPLITS) + p0 // SPLIT)
+            gather(args, tile // tiles, first, count, query, queries)
+            one_split(zero, queries, args, tile // tiles, first, count, p0, scores, query, part)
+
+    return address_of(attend_split)
+
+
+@cache
+def join(queries: int) -> int:
+    """Kernel: join the parts of one token's splits; an item is some key heads with all tiles."""
+
+    @kernel
+    def join(args, item, worker):
+        kv_heads, padded, tiles = get_i64(args + N_KV_HEADS), get_i64(args + PADDED_DIM), get_i64(args + QUERY_ITEMS)
+        group, per_item = get_i64(args + N_HEADS) // kv_heads, get_i64(args + TOKENS_PER_ITEM)
+        nbytes = 4 * queries * (padded + 2)
+        for head in range(item * per_item, min((item + 1) * per_item, kv_heads)):
+            for tile in range(tiles):
+                part = get_i64(args + PARTS) + nbytes * (head * tiles + tile) * get_i64(args + SPLITS)
+                for k in range(1, get_i64(args + START) // SPLIT + 1):
+                    merge(part, part + k * nbytes, queries, padded)
+                first = tile * queries
+                finish(args, head, first, min(queries, group - first), part, queries)
+
+    return address_of(join)
+
+
+def part_nbytes(queries: int, padded_dim: int) -> int:
+    """Bytes of a part."""
+    return 4 * queries * (padded_dim + 2)
+
+
+def scratch_nbytes(queries: int, head_dim: int, padded_dim: int) -> int:
+    """Bytes of a worker's scratch: scores, queries, two parts."""
+    nbytes = queries * (SCORE_NBYTES + 4 * head_dim) + 2 * part_nbytes(queries, padded_dim)
+    return -(-nbytes // 64) * 64

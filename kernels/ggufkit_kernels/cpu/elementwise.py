@@ -106,6 +106,16 @@ def swiglu(args, item, worker):
 
 
 @lazy
+def widen(args, item, worker):
+    """out (n, padded) = x (n, cols) and zeros. Words: x, out, n, cols, padded."""
+    cols, padded = get_i64(args + 24), get_i64(args + 32)
+    for t in range(get_i64(args + 16)):
+        x, out = get_i64(args) + 4 * t * cols, get_i64(args + 8) + 4 * t * padded
+        for i in range(padded):
+            put_f32(out + 4 * i, get_f32(x + 4 * i) if i < cols else np.float32(0.0))
+
+
+@lazy
 def add(args, item, worker):
     """out = x + y. Words as in `swiglu`."""
     first = item * get_i64(args + 32)

@@ -6,7 +6,10 @@ kernels of one team take turns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from ggufkit_formats.errors import UsageError
@@ -24,7 +27,7 @@ from .matmul import (
 )
 from .pack import SLAB_NBYTES, Packed, pack
 from .simd import LANES
-from .team import address, default_threads, program, team
+from .team import address, default_threads, team
 from .words import float_bits, weight_words
 
 __all__ = ["CpuCache", "CpuOps", "CpuWeight", "default_threads"]
@@ -32,11 +35,13 @@ __all__ = ["CpuCache", "CpuOps", "CpuWeight", "default_threads"]
 TOKEN_BLOCK_NBYTES = 192 << 10  # inputs that an item goes over again and again: they stay in the L2 cache
 ITEM_VALUES = 16384  # values that elementwise kernels take at a time
 FIRST_POSITIONS = 256  # of a new cache
+ITEM_NBYTES = 32 << 10  # of weights: the least that is worth taking, for one token
 NOTHING = [0, 0, 0, 0]
+Arrays = tuple[np.ndarray, ...]
 
 
 class Plan:
-    """How a weight is multiplied with n tokens: the program's words up to the call's own, and its scratch."""
+    """How a weight is multiplied with n tokens: kernels, items, the args' last words, the scratch for the inputs."""
 
     def __init__(self, packed: Packed, n: int, threads: int):
         layout, cols, strips = packed.layout, packed.padded_cols, packed.strips
@@ -45,31 +50,55 @@ class Plan:
         tile = tile if n >= tile else 1
         tokens_per_item = max(tile, TOKEN_BLOCK_NBYTES // (cols * (4 if plain else 1)) // tile * tile)
         token_items = -(-n // tokens_per_item)
-        # About four items a thread, so that one that comes late does not hold up the others
-        parts = 1 if threads == 1 else max(1, 4 * threads // token_items)
-        per_item = max(1, -(-strips // parts), min(4, strips))
+        per_item = self._strips_per_item(packed, token_items if n > 1 else 0, threads)
         strip_items = -(-strips // per_item)
         tiles = -(-n // tile)
         prep_tiles = max(1, 8192 // (cols * tile))
-        steps = [(matmul_kernel(layout, tile), strip_items * token_items)]
+        self.kernel = (matmul_kernel(layout, tile), strip_items * token_items)
+        # What is made of the inputs first, and what it depends on beside the inputs themselves
+        self.prep: tuple[int, int] | None = None
         # int8 inputs, their scales, starts and sums, each at a multiple of 64 bytes of the scratch
         sizes: list[int] = []
+        values = tiles * tile * cols
         if plain and tile > 1:
-            steps.insert(0, (interleave_inputs.address, tiles))
-            sizes = [tiles * tile * cols * 4, 0, 0, 0]
+            self.prep, sizes = (interleave_inputs.address, tiles), [values * 4, 0, 0, 0]
         elif not plain:
             prep, span, unit = prep_kernel(layout, tile)
-            steps.insert(0, (prep, -(-tiles // prep_tiles)))
-            values = tiles * tile * cols
+            self.prep = (prep, -(-tiles // prep_tiles))
             sizes = [values, values // 8, values // span * 4 if span else 0, values // unit * 4 if unit else 0]
         self.sections = []
         self.scratch_nbytes = 0
         for nbytes in sizes:
             self.sections.append(self.scratch_nbytes)
             self.scratch_nbytes += -(-nbytes // 64) * 64
-        self.shared = any(items > 1 for _, items in steps)
-        self.head = program(steps) + weight_words(packed)
+        self.weight_words = weight_words(packed)
+        self.prep_key = (self.prep, cols, layout.too_much, packed.table_step)
         self.tail = [per_item, tokens_per_item, strip_items, prep_tiles]
+
+    @staticmethod
+    def _strips_per_item(packed: Packed, token_items: int, threads: int) -> int:
+        """Strips of an item. Many tokens: about four items a thread. One token: items as small as pays, since a
+        thread that comes late holds up all others at the end of the matrix."""
+        strips = packed.strips
+        if threads == 1:
+            return strips
+        if token_items:
+            return max(1, -(-strips // max(1, 4 * threads // token_items)), min(4, strips))
+        at_least = -(-ITEM_NBYTES * strips // packed.nbytes)
+        return min(strips, max(1, at_least, -(-strips // (16 * threads))))
+
+    def scratch_at(self, base: int) -> list[int]:
+        """The addresses of the scratch's sections."""
+        return [base + offset for offset in self.sections] or NOTHING
+
+
+@dataclass
+class AttendCall:
+    """The words of attention's kernels, and the scratch that they want: for each worker, and for all parts."""
+
+    words: list[int]
+    worker_nbytes: int
+    parts_nbytes: int
 
 
 class CpuWeight:
@@ -106,6 +135,7 @@ class CpuCache:
         self.positions = 0
         self.n_kv_heads, self.head_dim = n_kv_heads, head_dim
         self.padded_dim = -(-head_dim // LANES) * LANES
+        self.tape: Any = None  # the recorded forward of one token: see tape.py
         self.keys = [np.zeros((n_kv_heads, 0, head_dim, LANES), np.uint16)] * n_layers
         self.values = [np.zeros((n_kv_heads, 0, self.padded_dim), np.uint16)] * n_layers
 
@@ -169,20 +199,56 @@ class CpuOps:
         """An empty cache."""
         return CpuCache(n_layers, n_kv_heads, head_dim, n_ctx)
 
+    # -- launching: CpuOps runs each call at once, a tape's recorder keeps it (tape.py) -------------------
+
+    def _array(self, *shape: int) -> np.ndarray:
+        """An array for a result."""
+        return np.empty(shape, np.float32)
+
+    def _launch(self, steps: list[tuple[int, int]], words: list[int], reads: Arrays, writes: Arrays) -> None:
+        """Run kernels (address, items), in turn, with the same words. `reads` and `writes` are what they touch."""
+        self.team.run(steps, words)
+
+    def _launch_matmul(self, plan: Plan, x: np.ndarray, bias: np.ndarray | None, out: np.ndarray) -> None:
+        call = [address(x), len(x), address(out), 0 if bias is None else address(bias)]
+        with self.team.lock:
+            words = plan.weight_words + call + plan.scratch_at(self.team.scratch(plan.scratch_nbytes)) + plan.tail
+            self.team.run([step for step in (plan.prep, plan.kernel) if step], words)
+
+    def _launch_attend(self, call: AttendCall, steps: list[tuple[int, int]], reads: Arrays, writes: Arrays) -> None:
+        with self.team.lock:
+            call.words[attention.SCRATCH_WORD] = self.team.scratch(
+                call.worker_nbytes * self.threads + call.parts_nbytes
+            )
+            call.words[attention.PARTS_WORD] = call.words[attention.SCRATCH_WORD] + call.worker_nbytes * self.threads
+            self.team.run(steps, call.words)
+
+    def forward(
+        self, network: Callable, config: Any, weights: Any, ids: np.ndarray, cache: CpuCache, first: int = 0
+    ) -> Any:
+        """network(config, weights, self, ids, cache, first); one token's calls are recorded once, then replayed."""
+        if len(ids) != 1:
+            return network(config, weights, self, ids, cache, first)
+        from .tape import replay
+
+        return replay(self, network, config, weights, ids, cache)
+
+    # -- matrices ----------------------------------------------------------------------------------
+
     def embed(self, weight: CpuWeight, ids: np.ndarray) -> np.ndarray:
         """Rows `ids` (n,) of the weight, decoded exactly: (n, cols). Raises UsageError for an id out of range."""
         ids = np.ascontiguousarray(ids, dtype=np.int64).reshape(-1)
         rows, cols = weight.shape
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
             raise UsageError(f"token ids {int(ids.min())}…{int(ids.max())} are outside 0…{rows - 1}")
-        out = np.empty((len(ids), cols), np.float32)
+        out = self._array(len(ids), cols)
         packed, layout = weight.packed, weight.packed.layout
         levels = address(packed.levels) if packed.levels.size else 0
         number = NUMBERS[layout.values] if layout.is_plain else (0 if layout.wide else 1)
         words = [address(ids), len(ids), address(out), cols, packed.padded_cols, layout.block, layout.group]
         words += [layout.bits, SCALES[layout.scale], layout.minimum, levels, number, 16, layout.offset]
         kernel = elementwise.embed_plain if layout.is_plain else elementwise.embed_codes
-        self.team.run([(kernel.address, -(-len(ids) // 16))], weight_words(packed) + words)
+        self._launch([(kernel.address, -(-len(ids) // 16))], weight_words(packed) + words, (ids,), (out,))
         return out
 
     def matmul(self, weight: CpuWeight, x: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
@@ -192,26 +258,22 @@ class CpuOps:
         if x.ndim != 2 or x.shape[1] != cols:
             raise UsageError(f"inputs {x.shape} do not fit a weight of {weight.shape}")
         n = len(x)
-        out = np.empty((n, rows), np.float32)
+        out = self._array(n, rows)
         if n == 0:
             return out
         padded = weight.packed.padded_cols
         if padded != cols:
-            x = np.pad(x, ((0, 0), (0, padded - cols)))
-        bias_at = 0
+            wide = self._array(n, padded)
+            words = [address(x), address(wide), n, cols, padded]
+            self._launch([(elementwise.widen.address, 1)], words, (x,), (wide,))
+            x = wide
         if bias is not None:
             if bias.shape != (rows,):
                 raise UsageError(f"a bias {bias.shape} does not fit a weight of {weight.shape}")
             bias = values(bias)
             if rows % LANES:
                 bias = np.pad(bias, (0, -rows % LANES))
-            bias_at = address(bias)
-        team, plan = self.team, weight.plan(n, self.threads)
-        with team.lock:
-            base = team.scratch(plan.scratch_nbytes)
-            sections = [base + offset for offset in plan.sections] or NOTHING
-            call = [address(x), n, address(out), bias_at, *sections]
-            team.run_words(plan.head + call + plan.tail, plan.shared)
+        self._launch_matmul(weight.plan(n, self.threads), x, bias, out)
         return out
 
     # -- the rest ----------------------------------------------------------------------------------
@@ -222,11 +284,11 @@ class CpuOps:
         dim = x.shape[-1]
         if weight.shape != (dim,):
             raise UsageError(f"a norm of {weight.shape} does not fit {x.shape}")
-        out = np.empty_like(x)
+        out = self._array(*x.shape)
         rows = x.size // dim
         per_item = max(1, ITEM_VALUES // dim)
         words = [address(x), address(weight), address(out), rows, dim, float_bits(eps), per_item]
-        self.team.run([(elementwise.rmsnorm.address, -(-rows // per_item))], words)
+        self._launch([(elementwise.rmsnorm.address, -(-rows // per_item))], words, (x, weight), (out,))
         return out
 
     def rope(self, x: np.ndarray, start: int, freqs: np.ndarray, interleaved: bool, scale: float = 1.0) -> np.ndarray:
@@ -239,7 +301,7 @@ class CpuOps:
         cos, sin = self._rotations(start, n, freqs, scale)
         per_item = max(1, ITEM_VALUES // (heads * head_dim))
         words = [address(x), address(cos), address(sin), n, heads, head_dim, pairs, int(interleaved), per_item]
-        self.team.run([(elementwise.rope.address, -(-n // per_item))], words)
+        self._launch([(elementwise.rope.address, -(-n // per_item))], words, (x, cos, sin), (x,))
         return x
 
     def _rotations(self, start: int, n: int, freqs: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
@@ -264,23 +326,30 @@ class CpuOps:
         if start < 0:
             raise UsageError(f"position {start} is below 0")
         cache.reserve(start + n)
-        out = np.empty((n, n_heads * head_dim), np.float32)
-        queries = n * n_heads // heads
-        tile = 8 if queries >= 8 else 4
-        per_worker, score = attention.scratch_nbytes(tile, start + n, head_dim, cache.padded_dim)
+        out = self._array(n, n_heads * head_dim)
+        group = n_heads // heads
+        queries = n * group
+        tile = 8 if queries % 8 == 0 or queries > 12 else 4
+        tiles, splits = -(-queries // tile), -(-cache.positions // attention.SPLIT)
         per_item = 32 if queries * heads > 64 * self.threads else tile
-        query_items = -(-queries // per_item)
-        tokens = max(1, 4096 // (heads * head_dim))
-        with self.team.lock:
-            scratch = self.team.scratch(per_worker * self.threads)
-            words = [address(q), address(k), address(v), address(cache.keys[layer]), address(cache.values[layer])]
-            words += [address(out), n, n_heads, heads, head_dim, cache.padded_dim, cache.positions, start]
-            words += [float_bits(scale), scratch, per_worker, score, query_items, per_item, tokens]
+        words = [address(q), address(k), address(v), address(cache.keys[layer]), address(cache.values[layer])]
+        words += [address(out), n, n_heads, heads, head_dim, cache.padded_dim, cache.positions, start]
+        words += [float_bits(scale), 0, attention.scratch_nbytes(tile, head_dim, cache.padded_dim), 0, splits]
+        call = AttendCall(words, words[attention.SCRATCH_WORD + 1], 0)
+        if n == 1:
+            call.parts_nbytes = heads * tiles * splits * attention.part_nbytes(tile, cache.padded_dim)
+            per_join = heads if splits <= 4 else 1
+            words += [tiles, tile, per_join]
             steps = [
-                (attention.append.address, -(-n // tokens)),
-                (attention.attend(tile), heads * query_items),
+                (attention.append.address, 1),
+                (attention.attend_split(tile), heads * tiles * splits),
+                (attention.join(tile), -(-heads // per_join)),
             ]
-            self.team.run(steps, words)
+        else:
+            query_items, tokens = -(-queries // per_item), max(1, 4096 // (heads * head_dim))
+            words += [query_items, per_item, tokens]
+            steps = [(attention.append.address, -(-n // tokens)), (attention.attend(tile), heads * query_items)]
+        self._launch_attend(call, steps, (q, k, v), (out,))
         return out
 
     def swiglu(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
@@ -297,7 +366,7 @@ class CpuOps:
             raise UsageError(f"shapes {x.shape} and {y.shape} differ")
         at = address(x)
         words = [at, address(y), at, x.size, ITEM_VALUES]
-        self.team.run([(kernel, -(-x.size // ITEM_VALUES))], words)
+        self._launch([(kernel, -(-x.size // ITEM_VALUES))], words, (x, y), (x,))
         return x
 
     def to_numpy(self, x: np.ndarray) -> np.ndarray:

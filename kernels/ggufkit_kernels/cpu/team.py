@@ -97,6 +97,16 @@ def run_program(mail, program, alone):
         store_release(mail, opened | 0xFFFFFFFF)
 
 
+@kernel
+def several(args, item, worker):
+    """The items of several kernels as if they were one's. Words: how many, then (function, args, first item) each."""
+    k, last = 0, get_i64(args) - 1
+    while k < last and item >= get_i64(args + 48 + 24 * k):
+        k += 1
+    at = args + 8 + 24 * k
+    call(get_i64(at), get_i64(at + 8), item - get_i64(at + 16), worker)
+
+
 def address_of(function: Any) -> int:
     """The address of a jitted kernel (args, item, worker), compiled or loaded from the cache now."""
     if not function.signatures:
@@ -130,6 +140,11 @@ def address(x: Any) -> int:
         return ctypes.addressof(ctypes.c_char.from_buffer(x))
     except (TypeError, ValueError):  # read-only or empty
         return x.ctypes.data
+
+
+def program_words(kernels: int) -> int:
+    """Words of a program's head."""
+    return 1 + 3 * kernels
 
 
 def program(steps: Sequence[tuple[int, int]]) -> list[int]:
@@ -171,13 +186,21 @@ class Team:
             if len(words) > self._capacity:
                 self._reserve(len(words))
             _packer(len(words))(self._program, 0, *words)
-            alone = not shared or self.threads == 1
-            if not alone:
-                if not self._started:
-                    self._start()
-                while self._asleep:
-                    self._asleep.pop().release()
-            run_program(self._mail, self._program_at, alone)
+            self._run(self._program_at, shared)
+
+    def run_at(self, program_at: int, shared: bool) -> None:
+        """Run a program that lies elsewhere, and stays there meanwhile."""
+        with self.lock:
+            self._run(program_at, shared)
+
+    def _run(self, program_at: int, shared: bool) -> None:
+        alone = not shared or self.threads == 1
+        if not alone:
+            if not self._started:
+                self._start()
+            while self._asleep:
+                self._asleep.pop().release()
+        run_program(self._mail, program_at, alone)
 
     def _reserve(self, words: int) -> None:
         self._program = np.zeros(2 * words, np.int64)

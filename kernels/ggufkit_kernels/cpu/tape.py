@@ -1,0 +1,245 @@
+"""A token's forward, recorded once and replayed in one compiled call.
+
+A network calls the backend some 450 times a token (SmolLM2-135M), and each call costs 5 to 10 µs of Python: checks,
+allocation, addresses. For one token all of that is the same every time but for the token's id, its position and the
+rotary angles. `replay` records the calls of a forward, with buffers of its own for the results, and from then on
+writes those three into place and runs the whole program on the team of threads.
+
+Recording also sees what a single call cannot: which kernels depend on which. Kernels that do not (the projections
+of q, k and v; gate and up) become one phase, whose items the threads share without waiting in between; inputs that
+several matrices read are quantized once; and a phase of single small items runs on the calling thread alone.
+
+The arithmetic is that of the separate calls, kernel for kernel: the same results bit for bit.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ggufkit_formats.errors import UsageError
+
+from . import attention
+from .ops import Arrays, AttendCall, CpuCache, CpuOps, CpuWeight, Plan
+from .pack import aligned
+from .team import address, address_of, program_words, several
+
+
+@dataclass
+class Step:
+    """One kernel of a tape."""
+
+    function: int
+    items: int
+    words: list[int]
+    level: int  # it may run as soon as all steps of lower levels have
+    start_word: int | None  # which of the words is the position
+
+
+class Recorder(CpuOps):
+    """A CpuOps that keeps the calls instead of running them; the arrays it returns are filled when the tape runs."""
+
+    def __init__(self, ops: CpuOps):
+        self.threads, self.team = ops.threads, ops.team
+        self.steps: list[Step] = []
+        self.keep: list[Any] = []  # whatever the words hold addresses of
+        self.rotations: list[tuple[np.ndarray, float, np.ndarray, np.ndarray]] = []
+        self.n_vocab = 0
+        self._pool: set[int] = set()
+        self._free: dict[int, list[np.ndarray]] = {}
+        self._written: dict[int, int] = {}  # by buffer: the level of the last step that wrote it
+        self._read: dict[int, int] = {}
+        self._inputs: dict[tuple, tuple[np.ndarray, list[int]]] = {}  # what was made of which inputs
+        self._scratch: dict[str, np.ndarray] = {}
+
+    # -- buffers -----------------------------------------------------------------------------------
+
+    def _array(self, *shape: int) -> np.ndarray:
+        """An array in a buffer that serves again once nobody refers to the array or to a view of it."""
+        count = int(np.prod(shape))
+        nbytes = -(-4 * count // 64) * 64
+        free = self._free.setdefault(nbytes, [])
+        if free:
+            buffer = free.pop()
+        else:
+            buffer = aligned((nbytes,), np.dtype(np.uint8))
+            self.keep.append(buffer)
+            self._pool.add(address(buffer))
+        # Through a memoryview, since the views of an array that has one for its base refer to that array
+        root = np.frombuffer(memoryview(buffer), np.float32, count)
+        weakref.finalize(root, free.append, buffer)
+        return root.reshape(shape)
+
+    def _buffer(self, name: str, nbytes: int) -> np.ndarray:
+        """Scratch of at least that size, 64-aligned, by name."""
+        found = self._scratch.get(name)
+        if found is None or found.nbytes < nbytes:
+            found = self._scratch[name] = aligned((nbytes,), np.dtype(np.uint8))
+            self.keep.append(found)
+        return found
+
+    @staticmethod
+    def _owner(x: np.ndarray) -> int:
+        """Which buffer an array lies in: where that begins."""
+        while isinstance(x.base, np.ndarray):
+            x = x.base
+        return address(x)
+
+    # -- steps -------------------------------------------------------------------------------------
+
+    def _add(self, function: int, items: int, words: list[int], reads: Iterable[int], writes: Iterable[int],
+             start_word: int | None = None) -> None:  # fmt: skip
+        reads, writes = set(reads), set(writes)
+        before = [self._written.get(x, 0) for x in reads | writes] + [self._read.get(x, 0) for x in writes]
+        level = 1 + max(before, default=0)
+        self.steps.append(Step(function, items, words, level, start_word))
+        for x in reads:
+            self._read[x] = max(level, self._read.get(x, 0))
+        for x in writes:
+            self._written[x] = level
+            for key in [key for key in self._inputs if key[0] == x]:
+                del self._inputs[key]
+
+    def _launch(self, steps: list[tuple[int, int]], words: list[int], reads: Arrays, writes: Arrays) -> None:
+        self.keep += [x for x in reads if self._owner(x) not in self._pool]
+        owners = [self._owner(x) for x in writes]
+        for function, items in steps:
+            self._add(function, items, words, map(self._owner, reads), owners)
+
+    def _launch_matmul(self, plan: Plan, x: np.ndarray, bias: np.ndarray | None, out: np.ndarray) -> None:
+        source = self._owner(x)
+        call = [address(x), len(x), address(out), 0 if bias is None else address(bias)]
+        self.keep += [plan, bias]
+        made, made_owner = plan.scratch_at(0), source
+        if plan.prep is not None:
+            key = (source, address(x), plan.prep_key)
+            known = self._inputs.get(key)
+            if known is None:
+                view = self._array(-(-plan.scratch_nbytes // 4))
+                made = plan.scratch_at(address(view))
+                made_owner = self._owner(view)
+                words = plan.weight_words + call + made + plan.tail
+                self._add(*plan.prep, words, [source], [made_owner])
+                self._inputs[key] = (view, made)
+            else:
+                made, made_owner = known[1], self._owner(known[0])
+        words = plan.weight_words + call + made + plan.tail
+        self._add(*plan.kernel, words, [source, made_owner], [self._owner(out)])
+
+    def _launch_attend(self, call: AttendCall, steps: list[tuple[int, int]], reads: Arrays, writes: Arrays) -> None:
+        for word, nbytes in (
+            (attention.SCRATCH_WORD, call.worker_nbytes * self.threads),
+            (attention.PARTS_WORD, call.parts_nbytes),
+        ):
+            call.words[word] = address(self._buffer(f"attention {word}", nbytes))
+        owners = [*map(self._owner, writes), id(self._scratch)]  # the scratch is one for all layers
+        for function, items in steps:
+            self._add(function, items, call.words, map(self._owner, reads), owners, attention.START_WORD)
+
+    # -- what differs from token to token ------------------------------------------------------------
+
+    def _rotations(self, start: int, n: int, freqs: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
+        for known, factor, cos, sin in self.rotations:
+            if known is freqs and factor == scale:
+                return cos, sin
+        cos, sin = np.zeros((n, len(freqs)), np.float32), np.zeros((n, len(freqs)), np.float32)
+        self.rotations.append((freqs, scale, cos, sin))
+        return cos, sin
+
+    def embed(self, weight: CpuWeight, ids: np.ndarray) -> np.ndarray:
+        """As in CpuOps; the ids are checked when the tape runs."""
+        self.n_vocab = weight.shape[0]
+        return super().embed(weight, ids)
+
+
+class Tape:
+    """The recorded forward of one token."""
+
+    def __init__(self, ops: CpuOps, network: Callable, config: Any, weights: Any, cache: CpuCache):
+        self.team = ops.team
+        self._network, self._config, self._weights, self._positions = network, config, weights, cache.positions
+        self._ids = np.zeros(1, np.int64)
+        recorder = Recorder(ops)
+        self._out = network(config, weights, recorder, self._ids, cache, 0)
+        self._keep, self._rotations, self._n_vocab = recorder.keep, recorder.rotations, recorder.n_vocab
+        self._lay_out(recorder.steps)
+
+    def _lay_out(self, steps: list[Step]) -> None:
+        """Write the program: head, then a group of words for each kernel and for each phase of several."""
+        several_at = address_of(several)
+        phases: dict[int, list[Step]] = {}
+        for step in steps:
+            phases.setdefault(step.level, []).append(step)
+        heads: list[list[Step]] = []
+        for _, phase in sorted(phases.items()):
+            if all(step.items == 1 for step in phase):
+                heads += [[step] for step in phase]  # small: not worth calling the others
+            else:
+                heads.append(sorted(phase, key=lambda step: -step.items))
+        groups: list[list[int]] = []
+        offset, starts, program, unique = program_words(len(heads)), [], [], {}
+        place: dict[int, int] = {}
+        for step in steps:  # steps of one call share their words
+            if id(step.words) not in unique:
+                unique[id(step.words)] = offset
+                groups.append(step.words)
+                if step.start_word is not None:
+                    starts.append(offset + step.start_word)
+                offset += len(step.words)
+            place[id(step)] = unique[id(step.words)]
+        size = offset + sum(1 + 3 * len(head) for head in heads)
+        self._words = np.zeros(size + 8, np.int64)[:size]
+        base = address(self._words)
+        for phase in heads:
+            items = sum(step.items for step in phase)
+            if len(phase) == 1:
+                program += [phase[0].function, place[id(phase[0])], items]
+                continue
+            words, first = [len(phase)], 0
+            for step in phase:
+                words += [step.function, base + 8 * place[id(step)], first]
+                first += step.items
+            groups.append(words)
+            program += [several_at, offset, items]
+            offset += len(words)
+        flat = [len(heads), *program]
+        for group in groups:
+            flat += group
+        self._words[: len(flat)] = flat
+        self._program_at = base
+        self._starts = np.array(starts, np.int64)
+        self.shared = any(sum(step.items for step in head) > 1 for head in heads)
+
+    def fits(self, ops: CpuOps, network: Callable, config: Any, weights: Any, cache: CpuCache) -> bool:
+        """Whether it is the forward of this network with the cache where it was."""
+        same = (self._network is network, self._config is config, self._weights is weights, self.team is ops.team)
+        return all(same) and self._positions == cache.positions
+
+    def run(self, token: int, start: int) -> np.ndarray:
+        """The forward of one token at a position: logits (1, n_vocab), a copy."""
+        if not 0 <= token < self._n_vocab:
+            raise UsageError(f"token id {token} is outside 0…{self._n_vocab - 1}")
+        with self.team.lock:
+            self._ids[0] = token
+            self._words[self._starts] = start
+            for freqs, scale, cos, sin in self._rotations:
+                angle = start * np.asarray(freqs, dtype=np.float64)
+                np.multiply(np.cos(angle), scale, out=cos[0], casting="same_kind")
+                np.multiply(np.sin(angle), scale, out=sin[0], casting="same_kind")
+            self.team.run_at(self._program_at, self.shared)
+            return self._out.copy()
+
+
+def replay(ops: CpuOps, network: Callable, config: Any, weights: Any, ids: np.ndarray, cache: CpuCache) -> np.ndarray:
+    """The forward of one token by the cache's tape, recorded anew where it does not fit any more."""
+    start = cache.length
+    cache.reserve(start + 1)
+    tape = cache.tape
+    if tape is None or not tape.fits(ops, network, config, weights, cache):
+        tape = cache.tape = Tape(ops, network, config, weights, cache)
+    logits = tape.run(int(ids[0]), start)
+    cache.length = start + 1
+    return logits
