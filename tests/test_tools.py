@@ -1,0 +1,253 @@
+"""tools/make_model.py and tools/bench_peers.py: small models that load everywhere, and honest reports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ggufkit_formats import gguf
+from ggufkit_formats.errors import GgufkitError, UnsupportedError
+from ggufkit_runtime import generate
+from ggufkit_runtime.models import llama
+from oracles.llama import Llama, available
+
+TOOLS = Path(__file__).parent.parent / "tools"
+sys.path.insert(0, str(TOOLS))
+import make_model  # noqa: E402
+from peers import data, host, limits, measure, report, wire  # noqa: E402
+
+needs_llama_cpp = pytest.mark.skipif(not available(), reason="needs xllamacpp")
+
+CPUINFO = """processor\t: 0
+model name\t: A Processor
+flags\t\t: fpu pni ssse3 fma f16c avx avx2 bmi2 avx512f avx512_vnni
+
+processor\t: 1
+flags\t\t: fpu
+"""
+WHEEL = "CPU : SSE3 = 1 | SSSE3 = 1 | AVX = 1 | AVX2 = 1 | F16C = 1 | FMA = 1 | BMI2 = 1 | AVX512 = 0 | OPENMP = 1 | "
+
+
+# -- make_model ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("shape", "millions"), [("135m", 134.5), ("1b", 1100.0), ("3b", 3212.7), ("8b", 8030.3)])
+def test_shapes_are_those_of_the_models_they_are_named_after(shape: str, millions: float):
+    settings = make_model.SHAPES[shape]
+    specs = llama.tensors(llama.config_from_hf(settings))
+    wanted = [spec for spec in specs if make_model._wanted(spec, settings["tie_word_embeddings"])]
+    assert sum(np.prod(spec.shape) for spec in wanted) / 1e6 == pytest.approx(millions, rel=1e-3)
+    assert not any(spec.gguf.endswith("bias") for spec in wanted)
+
+
+@pytest.mark.parametrize("type", ["q4_k_m", "Q8_0", "f16"])
+@needs_llama_cpp
+def test_a_made_model_runs_in_llama_cpp_and_here(tmp_path: Path, type: str):
+    path = tmp_path / "tiny.gguf"
+    plan = make_model.write("tiny", type, path)
+    assert path.stat().st_size == plan.nbytes
+    ids = [1, 300, 301, 302, 77, 400]
+    ours = generate.load(path, device="reference").logits(ids)
+    with Llama(path, n_ctx=64, n_threads=1) as oracle:
+        theirs = oracle.logits(ids)
+    assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.999
+    assert ours.std() > 0.1
+
+
+def test_types_follow_the_file_type(tmp_path: Path):
+    path = tmp_path / "tiny.gguf"
+    make_model.write("tiny", "Q4_K_M", path)
+    with gguf.open(path) as file:
+        types = {name: tensor.type.name for name, tensor in file.tensors.items()}
+        assert file.metadata["general.file_type"] == 15
+    assert types["token_embd.weight"] == "Q6_K"  # the output, too
+    assert types["blk.0.attn_q.weight"] == "Q4_K"
+    assert types["blk.2.attn_v.weight"] == "Q6_K"
+    assert types["blk.0.attn_norm.weight"] == "F32"
+
+
+def test_the_seed_decides_the_bytes(tmp_path: Path):
+    paths = [tmp_path / f"{i}.gguf" for i in range(3)]
+    for path, seed in zip(paths, (0, 0, 1), strict=True):
+        make_model.write("tiny", "q8_0", path, seed)
+    assert paths[0].read_bytes() == paths[1].read_bytes() != paths[2].read_bytes()
+
+
+def test_make_model_refuses(tmp_path: Path):
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(b"mine")
+    with pytest.raises(GgufkitError, match="exists"):
+        make_model.write("tiny", "q8_0", path)
+    with pytest.raises(UnsupportedError, match="did you mean"):
+        make_model.write("tiny", "q4_k_x", path)
+    with pytest.raises(UnsupportedError, match="known: tiny"):
+        make_model.write("2t", "q4_0", path)
+    assert path.read_bytes() == b"mine"
+
+
+# -- the host and the peers ------------------------------------------------------------------------
+
+
+def test_what_a_build_leaves_unused():
+    assert host.lacks(WHEEL, CPUINFO) == ["AVX512", "AVX512_VNNI"]
+    assert host.lacks(WHEEL + "AVX512 = 1 | AVX512_VNNI = 1 | ", CPUINFO) == []
+    assert host.lacks(WHEEL, "") == []
+    assert "OPENMP" in host.used(WHEEL) and "AVX512" not in host.used(WHEEL)
+    assert host.describe(CPUINFO)["cpu"] == "A Processor"
+
+
+def test_a_worker_that_dies_or_refuses_is_one_line():
+    with wire.Remote("nobody", "peers.no_such_module") as worker, pytest.raises(wire.WorkerError) as caught:
+        worker.ask("about")
+    assert "nobody ended in about" in str(caught.value) and "\n" not in str(caught.value)
+    with wire.Remote("limits", "peers.limits") as worker:
+        with pytest.raises(wire.WorkerError, match="no attribute 'nonsense'"):
+            worker.ask("nonsense")
+        assert worker.ask("about")["cpu"]
+        assert worker.cpu_seconds() > 0 or sys.platform != "linux"
+
+
+def test_a_contender_that_fails_is_left_out_and_the_others_go_on():
+    class Fake:
+        closed = False
+
+        def cpu_seconds(self) -> float:
+            return 0.0
+
+        def close(self) -> None:
+            self.closed = True
+
+    said, order = [], []
+
+    def turn(name: str, worker: object) -> None:
+        if name == "b" and len(order) == 3:
+            raise wire.WorkerError("b died")
+        order.append(name)
+
+    workers = {name: Fake() for name in "abc"}
+    measure.Rounds(3, said.append).run(workers, turn)  # pyright: ignore[reportArgumentType]
+    assert order == ["a", "b", "c", "c", "a", "a", "c"]  # b begins the second round, and dies of it
+    assert said == ["b is left out: b died"]
+
+
+def test_encoded_weights_are_the_same_everywhere():
+    x = data.weights()
+    assert x.shape == (data.ROWS, data.COLS) and x.dtype == np.float32
+    assert abs(x.mean()) < 1e-4 and x.std() == pytest.approx(0.02, rel=0.01)
+    assert np.abs(np.corrcoef(x[0], x[1])[0, 1]) < 0.06
+
+
+# -- limits ----------------------------------------------------------------------------------------
+
+
+def test_limits_measure_something():
+    found = limits.Limits()
+    assert all(rate > 1e8 for rate in found.bandwidth(2, 1, 1 << 22).values())
+    rates = found.peak(2, 0.002)
+    assert set(rates) == set(found.about()["dots"])
+    assert all(rate > 1e9 for rate in rates.values())
+
+
+@pytest.mark.parametrize("words", [1 << 10, 32 * 1001])
+def test_reading_reads_all(words: int):
+    x = np.random.default_rng(0).integers(0, 1 << 60, words, dtype=np.uint64)
+    assert limits.read_one(x) == limits.read_four(x) == x.sum()
+
+
+@pytest.mark.parametrize("name", [name for name in limits.DOTS if "dotprod" not in name])
+def test_loops_hold_the_instruction_and_nothing_spills(name: str):
+    import llvmlite.binding as llvm
+
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    features = ",".join(f"+{need}" for need in limits.DOTS[name][0])
+    machine = llvm.Target.from_triple("x86_64-unknown-linux-gnu").create_target_machine(features=features, opt=2)
+    module = llvm.parse_assembly(f'target triple = "x86_64-unknown-linux-gnu"\n{limits.loop(name)}')
+    assembly = machine.emit_assembly(module)
+    assert assembly.count(name.split()[1]) == limits.DOTS[name][2] * limits.REPEATS
+    assert "(%rsp)" not in assembly
+
+
+# -- the report ------------------------------------------------------------------------------------
+
+
+def result() -> measure.Result:
+    facts = measure.Facts(
+        Path("x.gguf"), "Q4_K_M", 1000_000_000, 900_000_000, 1_000_000_000, 50_000_000, 1.0, 320, 1024
+    )
+    out = measure.Result(facts)
+    for ours, theirs in ((100.0, 50.0), (120.0, 40.0), (110.0, 60.0)):
+        out.add("pp512", "tokens/s", measure.OURS, ours)
+        out.add("pp512", "tokens/s", "native", theirs)
+    for name, ours, theirs in (("tg64", 20.0, 10.0), ("tg32 @ 4096", 10.0, 8.0)):
+        out.add(name, "tokens/s", measure.OURS, ours)
+        out.add(name, "tokens/s", "native", theirs)
+    out.add("load", "s", measure.OURS, 0.5, True)
+    out.bandwidth = {"one": [18e9, 19e9, 20e9], "four": [20e9, 20e9, 20e9]}
+    out.peak = {"avx2 vpmaddubsw": [440e9]}
+    return out
+
+
+def test_ratios():
+    found = report.compare(result().series["pp512"], "native")
+    assert found == {"ratio": pytest.approx(2.2), "min": pytest.approx(110 / 60), "max": pytest.approx(3.0)}
+    assert report.compare(result().series["load"], "native") is None
+
+
+def test_growth_and_limits():
+    assert report.growth(result()) == {"ggufkit": 2.0, "native": 1.25}
+    found = report.limits(result())
+    assert found["bandwidth"]["best"] == 20e9
+    assert found["bandwidth"]["ggufkit"] == {"bytes_per_s": 18e9, "share": pytest.approx(0.9)}
+    done = 110 * 2 * (1_000_000_000 + 50_000_000 / 512)
+    assert found["int8"]["ggufkit"]["share"] == pytest.approx(done / 440e9)
+
+
+def test_table_and_document():
+    text = report.model_text(result(), ["native", "absent"], 1024)
+    rows = {line.split("  ")[0]: line.split() for line in text.splitlines()}
+    assert rows["pp512"][2:] == ["110.0", "50.00", "2.20", "1.83–3.00"]
+    assert rows["load"][3:] == ["0.500", "-", "-", "-"]
+    assert "absent" not in text
+    assert "ggufkit 18.0 GB/s = 0.90" in text
+    document = json.loads(json.dumps(report.model_document(result(), 1024)))
+    assert document["memory_allowed"] == pytest.approx(1.1e9 + 2 * 1024 * 1024 + 300e6)
+    first = document["results"][0]
+    assert (first["test"], first["contenders"]["native"]["values"]) == ("pp512", [50.0, 40.0, 60.0])
+    assert report.idle_notes({"a": 0.2, "b": 0.01}) == [
+        "note: a took 20% of a processor while others were measured: the figures suffer"
+    ]
+
+
+def test_encoding_says_where_bytes_differ():
+    series = measure.Series("Q4_K", "million weights/s", values={"ggufkit": [80.0], "libgguf": [10.0]})
+    text = report.encode_text([series], {"Q4_K": ["libgguf"]}, ["libgguf"])
+    assert "8.00" in text and "note: Q4_K: other bytes than ours from libgguf" in text
+
+
+def test_facts_of_a_file(tmp_path: Path):
+    path = tmp_path / "tiny.gguf"
+    make_model.write("tiny", "q4_0", path)
+    facts = measure.Facts.of(path)
+    assert (facts.type, facts.n_vocab, facts.quantized) == ("Q4_0", 512, 1.0)
+    assert facts.bytes_per_token == facts.n_bytes  # the embedding is the output
+    assert facts.output_weights == 512 * 256
+    assert facts.n_kv == 2 * 3 * 2 * 64
+
+
+@pytest.mark.slow
+@needs_llama_cpp
+def test_the_whole_benchmark_in_small(tmp_path: Path):
+    path, target = tmp_path / "tiny.gguf", tmp_path / "out.json"
+    make_model.write("tiny", "q4_0", path)
+    command = [sys.executable, TOOLS / "bench_peers.py", "--models", path, "--quick", "--json", target]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "tg4 @ 256" in done.stdout
+    document = json.loads(target.read_text())
+    assert {"ggufkit", "xllamacpp"} <= set(document["models"][0]["results"][0]["contenders"])
+    assert document["models"][0]["notes"] == []
+    assert len(document["encode"]) == len(measure.ENCODED)
