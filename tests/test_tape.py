@@ -15,7 +15,7 @@ from ggufkit_runtime import generate
 CASES = {
     "llama Q4_K": ("llama", "Q4_K", {}),
     "llama Q6_K, one thread": ("llama", "Q6_K", {"threads": 1}),
-    "llama, odd inputs": ("llama", "F16", {"hidden_size": 60, "intermediate_size": 90, "vocab_size": 301}),
+    "llama, odd inputs": ("llama", "F16", {"hidden_size": 120, "intermediate_size": 90, "vocab_size": 301}),
     "qwen2 Q8_0": ("qwen2", "Q8_0", {}),
     "qwen3 BF16": ("qwen3", "BF16", {"num_attention_heads": 6, "head_dim": 34}),
 }
