@@ -68,6 +68,12 @@ class Series:
     def add(self, contender: str, value: float) -> None:
         self.values.setdefault(contender, []).append(value)
 
+    def brief(self) -> str:
+        """Medians in one line, said as soon as they are there: a long run may be cut short."""
+        return (
+            f"  {self.name}: " + ", ".join(f"{n} {np.median(v):.4g}" for n, v in self.values.items()) + f" {self.unit}"
+        )
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -177,13 +183,13 @@ class Bench:
     def __init__(self, contenders: Sequence[Contender], what: Sequence[str], threads: int, sizes: Sizes, flash: str,
                  say: Callable[[str], None]):  # fmt: skip
         self.contenders, self.what, self.threads, self.sizes, self.flash = contenders, what, threads, sizes, flash
-        self.say = say
+        self.say, self.told = say, 0  # series of the model that were said
         self.rounds = Rounds(sizes.pairs, say)
         self.limits = Contender("limits", "peers.limits")
 
     def model(self, path: Path) -> Result:
         """Everything asked for that needs a model."""
-        result = Result(Facts.of(path))
+        result, self.told = Result(Facts.of(path)), 0
         self.rounds.notes = result.notes
         self._read(path)
         if {"load", "memory"} & set(self.what):
@@ -236,6 +242,12 @@ class Bench:
                         turn(result, worker)
                     except WorkerError as error:
                         self.rounds.note(f"{error}")
+        self._tell(result)
+
+    def _tell(self, result: Result) -> None:
+        for series in list(result.series.values())[self.told :]:
+            self.say(series.brief())
+        self.told = len(result.series)
 
     def _load(self, result: Result, worker: Remote) -> None:
         first = self._open(result, worker, self.sizes.n_ctx)
@@ -267,30 +279,37 @@ class Bench:
             if {"prefill", "decode", "decode4096"} & set(self.what):
                 self.say(f"{name}: loading")
                 workers = {c.name: stack.enter_context(c.start()) for c in self.contenders}
-                self._rounds(workers, lambda _, worker: self._warm_up(result, worker, n_ctx), 1)
+                self._rounds(result, workers, lambda _, worker: self._warm_up(result, worker, n_ctx), 1)
                 self._compare(result, workers)
             prompt, generated = data.tokens(sizes.prompt, n_vocab), data.tokens(sizes.generate, n_vocab, 2)
             if "prefill" in self.what or (limits and not workers):
                 self.say(f"{name}: prefill of {sizes.prompt} tokens")
                 turn = self._timed(result, f"pp{sizes.prompt}", "prefill", prompt)
                 asked = workers if "prefill" in self.what else {}
-                self._rounds(asked | limits, lambda n, w: self._peak(result, w) if n == "limits" else turn(n, w))
+                self._rounds(
+                    result, asked | limits, lambda n, w: self._peak(result, w) if n == "limits" else turn(n, w)
+                )
             if "decode" in self.what or (limits and not workers):
                 self.say(f"{name}: {sizes.generate} tokens one by one")
                 turn = self._timed(result, f"tg{sizes.generate}", "decode", generated)
                 asked = workers if "decode" in self.what else {}
-                self._rounds(asked | limits, lambda n, w: self._bandwidth(result, w) if n == "limits" else turn(n, w))
+                self._rounds(
+                    result, asked | limits, lambda n, w: self._bandwidth(result, w) if n == "limits" else turn(n, w)
+                )
             if deep:
                 self.say(f"{name}: {sizes.deep} tokens after {sizes.depth}")
                 context = data.tokens(sizes.depth, n_vocab, 3)
-                self._rounds(workers, lambda _, worker: worker.ask("prefill", ids=context), 1)
+                self._rounds(result, workers, lambda _, worker: worker.ask("prefill", ids=context), 1)
                 turn = self._timed(result, f"tg{sizes.deep} @ {sizes.depth}", "decode", generated[: sizes.deep],
                                    sizes.depth)  # fmt: skip
-                self._rounds(workers, turn)
+                self._rounds(result, workers, turn)
 
-    def _rounds(self, workers: dict[str, Remote], turn: Callable[[str, Remote], Any], pairs: int | None = None) -> None:
+    def _rounds(
+        self, result: Result, workers: dict[str, Remote], turn: Callable[[str, Remote], Any], pairs: int | None = None
+    ) -> None:
         self.rounds.pairs = self.sizes.pairs if pairs is None else pairs
         self.rounds.run(workers, turn)
+        self._tell(result)
 
     def _timed(self, result: Result, name: str, method: str, ids: list[int], at: int = 0
                ) -> Callable[[str, Remote], None]:  # fmt: skip
