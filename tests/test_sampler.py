@@ -72,3 +72,15 @@ def test_seeds():
 def test_senseless_settings_are_refused(settings):
     with pytest.raises(UsageError, match=next(iter(settings))):
         Sampler(**settings)
+
+
+@pytest.mark.parametrize("n", [5, 300, 2049, 49_152])
+@pytest.mark.parametrize("k", [1, 40, 255, 2000])
+@pytest.mark.parametrize("ties", [False, True])
+def test_top_k_is_the_head_of_a_stable_sort(n, k, ties):
+    logits = np.random.default_rng(n).standard_normal(n).astype(np.float32)
+    if ties:
+        logits = np.round(logits)
+        logits[::7] = -np.inf
+    expected = np.argsort(-logits, kind="stable")[: min(k, n)]
+    assert np.array_equal(Sampler(top_k=k)._top_k(logits), expected)
