@@ -34,7 +34,14 @@ class Contender:
     arguments: tuple[str, ...] = ()
 
     def start(self) -> Remote:
-        return Remote(self.name, self.module, self.python, self.arguments)
+        """Its process, once all is imported."""
+        worker = Remote(self.name, self.module, self.python, self.arguments)
+        try:
+            worker.ask("about")
+        except WorkerError:
+            worker.close()
+            raise
+        return worker
 
 
 @dataclass(frozen=True)
@@ -237,7 +244,6 @@ class Bench:
             for contender in [*self.contenders[k:], *self.contenders[:k]]:
                 with contender.start() as worker:
                     try:
-                        worker.ask("about")  # imports are done
                         time.sleep(SETTLE)
                         turn(result, worker)
                     except WorkerError as error:
@@ -374,6 +380,6 @@ def contenders(native_python: str | None, say: Callable[[str], None]) -> list[tu
         try:
             with contender.start() as worker:
                 found.append((contender, worker.ask("about")))
-        except (WorkerError, OSError) as error:
+        except (WorkerError, OSError) as error:  # it died of its imports, or there is no such Python
             say(f"{contender.name} cannot be measured: {error}")
     return found
