@@ -66,9 +66,18 @@ def test_light_imports(statement):
     assert done.stdout.split() == []
 
 
+def test_llvm_stays_in_simd():
+    cpu = PACKAGES["ggufkit_kernels"] / "cpu"
+    for path in cpu.rglob("*.py"):
+        if path.parent.name != "simd":
+            allowed = {"llvmlite"} if path.name == "jit.py" else set()  # its version and the processor's name
+            assert not (imports(path) & {"llvmlite"}) - allowed, path
+            assert "llvmlite.ir" not in path.read_text(encoding="utf-8"), path
+
+
 def test_only_jit_compiles():
-    for path in (PACKAGES["ggufkit_kernels"] / "cpu").glob("*.py"):
-        if path.name not in ("jit.py", "simd.py"):
+    for path in (PACKAGES["ggufkit_kernels"] / "cpu").rglob("*.py"):
+        if path.name != "jit.py":
             names = {
                 n.attr for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Attribute)
             }
