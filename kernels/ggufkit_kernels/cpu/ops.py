@@ -77,13 +77,13 @@ class Plan:
 
     @staticmethod
     def _strips_per_item(packed: Packed, token_items: int, threads: int) -> int:
-        """Strips of an item. Many tokens: about four items a thread. One token: items as small as pays, since a
-        thread that comes late holds up all others at the end of the matrix."""
+        """Strips of an item. One that comes late holds up all others at the end: at least eight items a thread, and
+        for one token, where memory decides who comes when, sixteen, as long as each is worth taking."""
         strips = packed.strips
         if threads == 1:
             return strips
         if token_items:
-            return max(1, -(-strips // max(1, 4 * threads // token_items)), min(4, strips))
+            return max(-(-strips // -(-8 * threads // token_items)), min(4, strips))
         at_least = -(-ITEM_NBYTES * strips // packed.nbytes)
         return min(strips, max(1, at_least, -(-strips // (16 * threads))))
 
