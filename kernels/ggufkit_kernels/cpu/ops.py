@@ -136,12 +136,13 @@ class CpuCache:
         self.n_kv_heads, self.head_dim = n_kv_heads, head_dim
         self.padded_dim = -(-head_dim // LANES) * LANES
         self.tape: Any = None  # the recorded forward of one token: see tape.py
-        self.keys = [np.zeros((n_kv_heads, 0, head_dim, LANES), np.uint16)] * n_layers
-        self.values = [np.zeros((n_kv_heads, 0, self.padded_dim), np.uint16)] * n_layers
+        # All layers in one array each: large enough for the system's large pages
+        self.keys = np.zeros((n_layers, n_kv_heads, 0, head_dim, LANES), np.uint16)
+        self.values = np.zeros((n_layers, n_kv_heads, 0, self.padded_dim), np.uint16)
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for a in self.keys) + sum(a.nbytes for a in self.values)
+        return self.keys.nbytes + self.values.nbytes
 
     def truncate(self, length: int) -> None:
         """Forget positions from `length` on."""
@@ -158,13 +159,13 @@ class CpuCache:
         wanted = min(max(stop, 2 * self.positions, FIRST_POSITIONS), self.n_ctx)
         blocks = -(-wanted // LANES)
         filled = self.positions // LANES
-        for layer in range(len(self.keys)):
-            keys = np.zeros((self.n_kv_heads, blocks, self.head_dim, LANES), np.uint16)
-            keys[:, :filled] = self.keys[layer]
-            self.keys[layer] = keys
-            values = np.zeros((self.n_kv_heads, blocks * LANES, self.padded_dim), np.uint16)
-            values[:, : filled * LANES] = self.values[layer]
-            self.values[layer] = values
+        n_layers, heads = self.keys.shape[:2]
+        keys = np.zeros((n_layers, heads, blocks, self.head_dim, LANES), np.uint16)
+        keys[:, :, :filled] = self.keys
+        self.keys = keys
+        values = np.zeros((n_layers, heads, blocks * LANES, self.padded_dim), np.uint16)
+        values[:, :, : filled * LANES] = self.values
+        self.values = values
         self.positions = blocks * LANES
 
 
