@@ -1,8 +1,9 @@
 """Causal attention over a cache of float16 keys and values.
 
-A tile is 4 or 8 of the queries that read one key head (the heads of its group, then the next rows); a key is loaded
+A tile is QUERIES of the queries that read one key head (the heads of its group, then the next rows); a key is loaded
 and converted once for all of them. Keys lie transposed in blocks of LANES positions, so that a vector holds one
-dimension of LANES keys and a score needs no sum across lanes.
+dimension of LANES keys and a score needs no sum across lanes. Two blocks of keys, or two vectors of values, go
+side by side, so that a query's number is loaded once for both.
 
 Positions go by splits of SPLIT: a tile's scores stay in the L1 cache, as do the values that they weigh. Each split
 gives a maximum, a sum and weighted values; `merge` joins them in the order of positions (online softmax, Milakov and
@@ -11,7 +12,7 @@ item of its own (Flash-Decoding), so that long contexts keep all threads busy, a
 operations in the same order: bit for bit the same.
 
     keys    (n_kv_heads, positions / LANES, head_dim, LANES) float16
-    values  (n_kv_heads, positions, padded head_dim) float16
+    values  (n_kv_heads, padded head_dim / (2 LANES), positions, 2 LANES) float16
     part    maximum (queries,), sum (queries,), weighted values (queries, padded head_dim), float32
 """
 
@@ -25,7 +26,7 @@ from .jit import kernel
 from .simd import (
     LANES,
     add_f32,
-    add_products,
+    add_outer,
     exp_f32,
     first_f32,
     fma_f32,
@@ -33,14 +34,13 @@ from .simd import (
     get_i64,
     largest_f32,
     load_f32,
-    load_number,
     max_f32,
     mul_f32,
     put_f16,
     put_f32,
     splat_f32,
     store_f32,
-    store_tile,
+    store_outer,
     sum_f32,
     zeros_f32,
 )
@@ -94,6 +94,7 @@ ATTEND_WORDS = [
 ) = (8 * k for k in range(len(ATTEND_WORDS)))
 START_WORD, SCRATCH_WORD, PARTS_WORD = START // 8, SCRATCH // 8, PARTS // 8
 SPLIT = 256  # positions
+QUERIES = LANES // 2  # of a tile: with two columns, as many sums as registers bear
 SCORE_NBYTES = 4 * SPLIT + 64  # of a query's scores: rows a power of two apart would fight for cache lines
 
 
@@ -109,10 +110,11 @@ def append(args, item, worker):
             v = get_i64(args + V) + 4 * (t * heads + head) * dim
             block = head * positions + position // LANES * LANES
             keys = get_i64(args + KEYS) + 2 * (block * dim + position % LANES)
-            values = get_i64(args + VALUES) + 2 * (head * positions + position) * padded
+            values = get_i64(args + VALUES) + 2 * (head * positions * padded + position * 2 * LANES)
             for i in range(dim):
                 put_f16(keys + 2 * LANES * i, get_f32(k + 4 * i))
-                put_f16(values + 2 * i, get_f32(v + 4 * i))
+                column = i // (2 * LANES) * positions * 2 * LANES + i % (2 * LANES)
+                put_f16(values + 2 * column, get_f32(v + 4 * i))
 
 
 @kernel
@@ -167,28 +169,27 @@ def finish(args, head, first, count, part, queries):
 
 @kernel
 def one_split(zero, queries, args, head, first, count, p0, scores, query, part):
-    """The part of a tile for the positions of one split. `zero` is a tile of `queries` vectors."""
+    """The part of a tile for the positions of one split. `zero` is a tile of 2 * `queries` vectors."""
     dim, padded, start = get_i64(args + HEAD_DIM), get_i64(args + PADDED_DIM), get_i64(args + START)
     group = get_i64(args + N_HEADS) // get_i64(args + N_KV_HEADS)
     p1 = min(start + (first + count - 1) // group + 1, p0 + SPLIT)
     keys = get_i64(args + KEYS) + 2 * head * get_i64(args + POSITIONS) * dim
     values = get_i64(args + VALUES) + 2 * head * get_i64(args + POSITIONS) * padded
-    for block in range(p0, p1, LANES):
+    for block in range(p0, p1, 2 * LANES):
         acc = zero
         k = keys + 2 * block * dim
         for i in range(dim):
-            acc = add_products(acc, load_number(k + 2 * LANES * i, 1), query + 4 * i, 4 * dim)
-        store_tile(acc, splat_f32(0.0), scores + 4 * (block - p0), SCORE_NBYTES, LANES)
+            acc = add_outer(acc, k + 2 * LANES * i, 2 * LANES * dim, query + 4 * i, 4 * dim, 2)
+        store_outer(acc, scores + 4 * (block - p0), SCORE_NBYTES, 2)
     for j in range(queries):
         own = start + (first + min(j, count - 1)) // group + 1
         weigh(scores + j * SCORE_NBYTES, min(max(own - p0, 0), SPLIT), p1 - p0, part, j, queries)
-    for i in range(0, padded, LANES):
+    for i in range(0, padded, 2 * LANES):
         acc = zero
-        v = values + 2 * (p0 * padded + i)
+        v = values + 2 * (i * get_i64(args + POSITIONS) + p0 * 2 * LANES)
         for p in range(p1 - p0):
-            acc = add_products(acc, load_number(v, 1), scores + 4 * p, SCORE_NBYTES)
-            v += 2 * padded
-        store_tile(acc, splat_f32(0.0), part + 4 * (2 * queries + i), 4 * padded, LANES)
+            acc = add_outer(acc, v + 4 * LANES * p, 2 * LANES, scores + 4 * p, SCORE_NBYTES, 2)
+        store_outer(acc, part + 4 * (2 * queries + i), 4 * padded, 2)
 
 
 @kernel
@@ -205,7 +206,8 @@ def gather(args, head, first, count, query, queries):
 
 @cache
 def attend(queries: int) -> int:
-    """Kernel: attention of a batch; an item is one key head and some tiles of `queries` (4 or 8) of its queries."""
+    """Kernel: attention of a batch; an item is one key head and some tiles of `queries` of its queries."""
+    vectors = 2 * queries
 
     @kernel
     def attend(args, item, worker):
@@ -213,7 +215,7 @@ def attend(queries: int) -> int:
         dim, padded, start = get_i64(args + HEAD_DIM), get_i64(args + PADDED_DIM), get_i64(args + START)
         group = n_heads // kv_heads
         head, part = item // get_i64(args + QUERY_ITEMS), item % get_i64(args + QUERY_ITEMS)
-        per_item, zero = get_i64(args + QUERIES_PER_ITEM), zeros_f32(queries)
+        per_item, zero = get_i64(args + QUERIES_PER_ITEM), zeros_f32(vectors)
         scores = get_i64(args + SCRATCH) + worker * get_i64(args + SCRATCH_NBYTES)
         query = scores + queries * SCORE_NBYTES
         result = query + 4 * queries * dim
@@ -232,22 +234,24 @@ def attend(queries: int) -> int:
 
 @cache
 def attend_split(queries: int) -> int:
-    """Kernel: attention of one token; an item is one key head, one tile of its queries, and one split."""
+    """Kernel: attention of one token; an item is one key head and one split, for all tiles of its queries."""
+    vectors = 2 * queries
 
     @kernel
     def attend_split(args, item, worker):
-        kv_heads, padded, zero = get_i64(args + N_KV_HEADS), get_i64(args + PADDED_DIM), zeros_f32(queries)
+        kv_heads, padded, zero = get_i64(args + N_KV_HEADS), get_i64(args + PADDED_DIM), zeros_f32(vectors)
         group, tiles = get_i64(args + N_HEADS) // kv_heads, get_i64(args + QUERY_ITEMS)
-        p0 = item // (kv_heads * tiles) * SPLIT
-        if p0 <= get_i64(args + START):
-            tile = item % (kv_heads * tiles)
-            first = tile % tiles * queries
-            count = min(queries, group - first)
+        head, split = item % kv_heads, item // kv_heads
+        if split * SPLIT <= get_i64(args + START):
             scores = get_i64(args + SCRATCH) + worker * get_i64(args + SCRATCH_NBYTES)
             query = scores + queries * SCORE_NBYTES
-            part = get_i64(args + PARTS) + 4 * queries * (padded + 2) * (tile * get_i64(args + SPLITS) + p0 // SPLIT)
-            gather(args, tile // tiles, first, count, query, queries)
-            one_split(zero, queries, args, tile // tiles, first, count, p0, scores, query, part)
+            for tile in range(tiles):
+                first = tile * queries
+                count = min(queries, group - first)
+                at = (head * tiles + tile) * get_i64(args + SPLITS) + split
+                part = get_i64(args + PARTS) + 4 * queries * (padded + 2) * at
+                gather(args, head, first, count, query, queries)
+                one_split(zero, queries, args, head, first, count, split * SPLIT, scores, query, part)
 
     return address_of(attend_split)
 

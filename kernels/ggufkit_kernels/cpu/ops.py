@@ -134,11 +134,11 @@ class CpuCache:
         self.length = 0
         self.positions = 0
         self.n_kv_heads, self.head_dim = n_kv_heads, head_dim
-        self.padded_dim = -(-head_dim // LANES) * LANES
+        self.padded_dim = -(-head_dim // (2 * LANES)) * 2 * LANES  # attention takes two vectors at a time
         self.tape: Any = None  # the recorded forward of one token: see tape.py
         # All layers in one array each: large enough for the system's large pages
         self.keys = np.zeros((n_layers, n_kv_heads, 0, head_dim, LANES), np.uint16)
-        self.values = np.zeros((n_layers, n_kv_heads, 0, self.padded_dim), np.uint16)
+        self.values = np.zeros((n_layers, n_kv_heads, self.padded_dim // (2 * LANES), 0, 2 * LANES), np.uint16)
 
     @property
     def nbytes(self) -> int:
@@ -157,14 +157,14 @@ class CpuCache:
         if stop <= self.positions:
             return
         wanted = min(max(stop, 2 * self.positions, FIRST_POSITIONS), self.n_ctx)
-        blocks = -(-wanted // LANES)
+        blocks = -(-wanted // (2 * LANES)) * 2  # attention takes two at a time
         filled = self.positions // LANES
         n_layers, heads = self.keys.shape[:2]
         keys = np.zeros((n_layers, heads, blocks, self.head_dim, LANES), np.uint16)
         keys[:, :, :filled] = self.keys
         self.keys = keys
-        values = np.zeros((n_layers, heads, blocks * LANES, self.padded_dim), np.uint16)
-        values[:, :, : filled * LANES] = self.values
+        values = np.zeros((n_layers, heads, self.padded_dim // (2 * LANES), blocks * LANES, 2 * LANES), np.uint16)
+        values[:, :, :, : filled * LANES] = self.values
         self.values = values
         self.positions = blocks * LANES
 
@@ -330,7 +330,7 @@ class CpuOps:
         out = self._array(n, n_heads * head_dim)
         group = n_heads // heads
         queries = n * group
-        tile = 8 if queries % 8 == 0 or queries > 12 else 4
+        tile = attention.QUERIES if queries > 4 else 4
         tiles, splits = -(-queries // tile), -(-cache.positions // attention.SPLIT)
         per_item = 32 if queries * heads > 64 * self.threads else tile
         words = [address(q), address(k), address(v), address(cache.keys[layer]), address(cache.values[layer])]
@@ -343,7 +343,7 @@ class CpuOps:
             words += [tiles, tile, per_join]
             steps = [
                 (attention.append.address, 1),
-                (attention.attend_split(tile), heads * tiles * splits),
+                (attention.attend_split(tile), heads * splits),
                 (attention.join(tile), -(-heads // per_join)),
             ]
         else:

@@ -290,15 +290,39 @@ def store_tile(typingctx: Any, acc: Any, added: Any, at: Any, stride: Any, rows:
     return types.void(acc, f32, address, address, types.int64), codegen
 
 
-@intrinsic
-def load_tile(typingctx: Any, like: Any, at: Any, stride: Any) -> Any:
-    """A float32 tile of the size of `like`, whose vectors are `stride` bytes apart."""
+@intrinsic(prefer_literal=True)
+def add_outer(typingctx: Any, acc: Any, w: Any, w_stride: Any, x: Any, stride: Any, columns: Any) -> Any:
+    """acc[c][t] + (LANES float16 at w + c * w_stride) * (the float at x + t * stride), for `columns` (a constant)
+    columns c; the tile's vectors are ordered (c, t). A column serves all t, and a float all columns."""
+    n = columns.literal_value
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        vectors = [load(builder, token(builder, args[1], args[2], t), VECTOR["f32"]) for t in range(like.count)]
-        return _tile(builder, args[0].type, vectors)
+        parts = _parts(builder, args[0])
+        tokens = len(parts) // n
+        columns = [number(builder, token(builder, args[1], args[2], c), 1, LANES) for c in range(n)]
+        for t in range(tokens):
+            value = splat(builder, load(builder, token(builder, args[3], args[4], t), FLOAT), LANES)
+            for c in range(n):
+                parts[c * tokens + t] = fma(builder, columns[c], value, parts[c * tokens + t])
+        return _tile(builder, args[0].type, parts)
 
-    return like(like, address, address), codegen
+    return acc(acc, address, address, address, address, columns), codegen
+
+
+@intrinsic(prefer_literal=True)
+def store_outer(typingctx: Any, acc: Any, at: Any, stride: Any, columns: Any) -> Any:
+    """Store acc[c][t] of `add_outer` at `at + t * stride`, columns side by side."""
+    n = columns.literal_value
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        parts = _parts(builder, args[0])
+        tokens = len(parts) // n
+        for k, value in enumerate(parts):
+            to = token(builder, args[1], args[2], k % tokens)
+            store(builder, offset(builder, to, k // tokens * 4 * LANES), value)
+        return context.get_dummy_value()
+
+    return types.void(acc, address, address, columns), codegen
 
 
 @intrinsic
