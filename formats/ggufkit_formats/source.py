@@ -63,6 +63,11 @@ class FileSource:
             offset += n
         return out
 
+    def fileno(self) -> int:
+        """The descriptor, for code that reads by itself. Raises UsageError once the file was closed."""
+        self._check(0, 0)
+        return self._fd
+
     def close(self) -> None:
         """Close the file. Views that are still in use stay valid; asking for further bytes raises UsageError."""
         self._map = None

@@ -110,6 +110,9 @@ class Packed:
         return -(-self.shape[1] // unit) * unit
 
 
+Allocate = Callable[[tuple[int, ...], np.dtype], np.ndarray]  # zeros, at a multiple of 64 bytes
+
+
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """A zeroed array that begins at a multiple of 64 bytes."""
     nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -174,6 +177,11 @@ def is_half(x: np.ndarray) -> bool:
     return bool(np.all((back == x) | np.isnan(x)))
 
 
+def halves(x: np.ndarray) -> np.ndarray | None:
+    """The bits of float32 as float16, or None where some are none."""
+    return x.astype(np.float16).view(np.uint16) if is_half(x) else None
+
+
 def layout_of(quants: Quants) -> Layout | None:
     """The layout of canonical quants, or None."""
     if quants.codebook is not None:
@@ -232,65 +240,79 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
 # -- a whole tensor -------------------------------------------------------------------------------------
 
 
-def pack(tensor: Tensor, run: Callable = map) -> Packed:
-    """Pack a tensor (rows, cols), read by slabs of rows. `run` is `map`, or that of an executor of threads."""
+def pack(tensor: Tensor, run: Callable = map, new: Allocate = aligned) -> Packed:
+    """Pack a tensor (rows, cols), read by slabs of rows. `run` is `map`, or that of an executor of threads.
+
+    This is the definition, and the way of all types; `pack_fast.pack` is quicker for most.
+    """
     if tensor.n_elements == 0:
         raise UsageError(f"tensor '{tensor.name}' is empty")
     if tensor.type.name in PLAIN:
-        return _pack_plain(tensor, PLAIN[tensor.type.name], run)
+        return _pack_plain(tensor, PLAIN[tensor.type.name], run, new)
     first = _quants(tensor, 0, 1)
     layout = None if first is None else layout_of(first)
     if first is None or layout is None:
-        return _pack_plain(tensor, "f32", run)
-    out = _pack_quants(tensor, layout, first.codebook, run)
+        return _pack_plain(tensor, "f32", run, new)
+    out = _pack_quants(tensor, layout, first.codebook, run, new)
     if out is None:  # a later row's d is no float16
-        out = _pack_quants(tensor, replace(layout, wide=True), first.codebook, run)
+        out = _pack_quants(tensor, replace(layout, wide=True), first.codebook, run, new)
     assert out is not None
     return out
 
 
-def _allocate(shape: tuple[int, int], layout: Layout) -> Packed:
-    """The empty arrays of a matrix of codes."""
+def allocate(shape: tuple[int, int], layout: Layout, codebook: np.ndarray | None, new: Allocate = aligned) -> Packed:
+    """The empty arrays of a matrix (rows, cols)."""
     out = Packed(shape, layout, np.empty(0, np.uint8))
+    if layout.is_plain:
+        out.codes = new((out.strips, out.padded_cols, LANES), NUMBERS[layout.values])
+        return out
     blocks = out.padded_cols // layout.block
     groups = out.padded_cols // layout.group
     number = np.dtype(np.float32 if layout.wide else np.uint16)
-    out.codes = aligned((out.strips, out.padded_cols // 32, layout.bits * 4 * LANES), np.dtype(np.uint8))
-    out.d = aligned((out.strips, blocks, LANES), number)
+    out.codes = new((out.strips, out.padded_cols // 32, layout.bits * 4 * LANES), np.dtype(np.uint8))
+    out.d = new((out.strips, blocks, LANES), number)
     if layout.scale:
-        out.scale = aligned((out.strips, groups, LANES), np.dtype(layout.scale))
+        out.scale = new((out.strips, groups, LANES), np.dtype(layout.scale))
     if layout.minimum:
-        out.dmin = aligned((out.strips, blocks, LANES), number)
+        out.dmin = new((out.strips, blocks, LANES), number)
     if layout.minimum == 2:
-        out.minimum = aligned((out.strips, groups, LANES), np.dtype(np.uint8))
+        out.minimum = new((out.strips, groups, LANES), np.dtype(np.uint8))
+    if codebook is not None:
+        _set_table(out, codebook)
     return out
 
 
-def _pack_quants(tensor: Tensor, layout: Layout, codebook: np.ndarray | None, run: Callable) -> Packed | None:
+def _pack_quants(
+    tensor: Tensor, layout: Layout, codebook: np.ndarray | None, run: Callable, new: Allocate
+) -> Packed | None:
     """The packed matrix, or None where the layout's float16 cannot hold some d."""
-    out = _allocate((tensor.rows, tensor.cols), layout)
-    if codebook is not None:
-        _set_table(out, codebook)
+    out = allocate((tensor.rows, tensor.cols), layout, codebook, new)
+    return out if all(run(lambda part: fill(out, tensor, *part), _slabs(tensor))) else None
 
-    def fill(part: tuple[int, int]) -> bool:
-        quants = _quants(tensor, *part)
-        assert quants is not None
-        n, strips = part[1] - part[0], slice(part[0] // LANES, -(-part[1] // LANES))
-        out.codes[strips] = pack_codes(quants.codes.reshape(n, tensor.cols), layout.bits)
-        for to, values in ((out.d, quants.d), (out.dmin, quants.dmin)):
-            if values is not None:
-                if not layout.wide:
-                    if not is_half(values):
-                        return False
-                    values = values.astype(np.float16).view(np.uint16)
-                strip = _strips(values.reshape(n, -1))
-                to[strips, : strip.shape[1]] = strip
-        for to, values in ((out.scale, quants.scale), (out.minimum, quants.minimum)):
-            if values is not None:
-                to[strips] = _strips(values.reshape(n, -1))
+
+def fill(out: Packed, tensor: Tensor, start: int, stop: int) -> bool:
+    """Pack rows start…stop, start a multiple of LANES; False where the layout's float16 cannot hold some d."""
+    n, strips, layout = stop - start, slice(start // LANES, -(-stop // LANES)), out.layout
+    if layout.is_plain:
+        raw = tensor.read_rows(start, stop)
+        x = raw.view(NUMBERS[layout.values]) if tensor.type.name in PLAIN else tensor.type.decode(raw)
+        out.codes[strips, : tensor.cols] = _strips(x)
         return True
-
-    return out if all(run(fill, _slabs(tensor))) else None
+    quants = _quants(tensor, start, stop)
+    assert quants is not None
+    out.codes[strips] = pack_codes(quants.codes.reshape(n, tensor.cols), layout.bits)
+    for to, values in ((out.d, quants.d), (out.dmin, quants.dmin)):
+        if values is not None:
+            if not layout.wide:
+                values = halves(values)
+                if values is None:
+                    return False
+            strip = _strips(values.reshape(n, -1))
+            to[strips, : strip.shape[1]] = strip
+    for to, values in ((out.scale, quants.scale), (out.minimum, quants.minimum)):
+        if values is not None:
+            to[strips] = _strips(values.reshape(n, -1))
+    return True
 
 
 def _slabs(tensor: Tensor) -> list[tuple[int, int]]:
@@ -320,17 +342,10 @@ def _set_table(out: Packed, codebook: np.ndarray) -> None:
     out.table[...] = np.tile(np.array(tables), QUAD // 16)
 
 
-def _pack_plain(tensor: Tensor, values: str, run: Callable) -> Packed:
+def _pack_plain(tensor: Tensor, values: str, run: Callable, new: Allocate) -> Packed:
     """Plain numbers as they are; everything else decoded to float32."""
-    out = Packed((tensor.rows, tensor.cols), Layout(values), np.empty(0, np.uint8))
-    out.codes = aligned((out.strips, out.padded_cols, LANES), NUMBERS[values])
-
-    def fill(start: int, stop: int) -> None:
-        raw = tensor.read_rows(start, stop)
-        x = raw.view(NUMBERS[values]) if tensor.type.name in PLAIN else tensor.type.decode(raw)
-        out.codes[start // LANES : -(-stop // LANES), : tensor.cols] = _strips(x)
-
-    list(run(lambda part: fill(*part), _slabs(tensor)))
+    out = allocate((tensor.rows, tensor.cols), Layout(values), None, new)
+    list(run(lambda part: fill(out, tensor, *part), _slabs(tensor)))
     return out
 
 

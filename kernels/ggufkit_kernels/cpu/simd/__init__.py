@@ -15,6 +15,7 @@ pack.py lays them out. Memory is addressed by int64 addresses; the callers check
     products.py   codes out of bit planes; the instructions that multiply and sum bytes
     values.py     types, loads, stores, arithmetic on one vector
     tiles.py      tiles and the steps of a matmul
+    words.py      raw words of LANES rows side by side, for packing
     atomics.py    atomic words, a pause, a call through an address: what a team of threads needs
 """
 
@@ -68,6 +69,7 @@ from .values import (
     store_i8,
     sum_f32,
 )
+from .words import add_term, copy_bytes, get_i32, put_i64, read_at, store_low, turn_halves, turn_words
 
 __all__ = [
     "BIAS",
@@ -85,8 +87,10 @@ __all__ = [
     "add_floats",
     "add_outer",
     "add_products",
+    "add_term",
     "call",
     "compiled_features",
+    "copy_bytes",
     "div_f32",
     "dot_pairs",
     "exp_f32",
@@ -95,6 +99,7 @@ __all__ = [
     "fma_f32",
     "get_f32",
     "get_i8",
+    "get_i32",
     "get_i64",
     "get_number",
     "get_u8",
@@ -114,11 +119,14 @@ __all__ = [
     "planes",
     "put_f16",
     "put_f32",
+    "put_i64",
+    "read_at",
     "round_f32",
     "splat_f32",
     "splat_i32",
     "store_f32",
     "store_i8",
+    "store_low",
     "store_outer",
     "store_release",
     "store_starts",
@@ -127,6 +135,8 @@ __all__ = [
     "sum_f32",
     "sum_tile",
     "swap_if",
+    "turn_halves",
+    "turn_words",
     "zeros_f32",
     "zeros_i32",
 ]

@@ -1,0 +1,218 @@
+"""Packing at the speed of memory: the table of a BitMap, applied by one kernel to all types that have one.
+
+An item is a few strips of rows. Their raw bytes, which lie together in the file, are read with pread into a buffer
+of the worker that stays in its L2 cache: the file is never mapped, and no copy of it is made. Then, for each strip and
+each block, the raw words that the table wants are gathered from LANES rows at once (a transpose), and each packed word
+is made of them by shifts and masks on whole vectors, LANES rows at a time. What each type costs is its terms.
+F32, F16 and BF16 are transposed alone.
+
+New memory is touched a large page an item before it is written: two threads that meet in a new page would both fill
+it with zeros, and one of them for nothing.
+
+Rows beyond the last whole strip, big-endian files, and what has no map go through the NumPy packing of pack.py, which
+is also the definition that this is tested against. A file that cannot be read ends there too, and gets its message.
+
+Measured (one thread of a Zen 3 at AVX2, weights a second from the page cache into new memory): see docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from ggufkit_formats.tensor import Tensor
+
+from . import pack as numpy_pack
+from .jit import kernel
+from .memory import LARGE, Arena
+from .pack import PLAIN, SLAB_NBYTES, Layout, Packed
+from .pack_map import map_of
+from .simd import (
+    LANES,
+    QUAD,
+    add_term,
+    copy_bytes,
+    get_i32,
+    get_i64,
+    put_i64,
+    read_at,
+    splat_i32,
+    store_low,
+    turn_halves,
+    turn_words,
+)
+from .team import Team, address, lazy
+
+BUFFER_NBYTES = 128 << 10  # raw bytes of an item, about
+SLACK = 64  # bytes that may be read behind the last row
+PIECE_NBYTES = 16  # of a row, transposed at a time
+
+# The words of the args, as byte offsets: what is read, how it is cut, and the parts (base, bytes of a strip, bytes
+# of a block, bytes of an element, elements of a block).
+WORDS = ["fresh", "source", "descriptor", "file_offset", "row_nbytes", "strips", "per_item", "blocks", "block_nbytes"]
+WORDS += ["buffers", "buffer_nbytes", "turned_nbytes", "table", "pieces", "failed", "n_parts"]
+AT = {name: 8 * k for k, name in enumerate(WORDS)}
+(FRESH, SOURCE, DESCRIPTOR, FILE_OFFSET, ROW_NBYTES, STRIPS, PER_ITEM, BLOCKS, BLOCK_NBYTES) = (
+    AT[name] for name in WORDS[:9]
+)
+(BUFFERS, BUFFER, TURNED, TABLE, PIECES, FAILED, N_PARTS) = (AT[name] for name in WORDS[9:])
+PARTS = 8 * len(WORDS)
+
+
+@lazy
+def touch(args, item, worker):
+    """Write a zero into a large page that holds nothing yet."""
+    put_i64(get_i64(args + FRESH) + item * LARGE, 0)
+
+
+@kernel
+def fetch(args, item, buffer):
+    """Read the rows of an item; their first strip, the one behind the last (the same where reading failed)."""
+    per_item, nbytes = get_i64(args + PER_ITEM), get_i64(args + ROW_NBYTES) * LANES
+    first = item * per_item
+    last = min(first + per_item, get_i64(args + STRIPS))
+    source, descriptor = get_i64(args + SOURCE), get_i64(args + DESCRIPTOR)
+    left, at = (last - first) * nbytes, first * nbytes
+    if descriptor < 0:
+        copy_bytes(buffer, source + at, left)
+        left = 0
+    at += get_i64(args + FILE_OFFSET)
+    while left > 0:
+        n = read_at(descriptor, buffer, left, at)
+        if n <= 0:
+            put_i64(get_i64(args + FAILED), 1)
+            return first, first
+        left, at, buffer = left - n, at + n, buffer + n
+    return first, last
+
+
+@lazy
+def pack_words(args, item, worker):
+    """Strips of blocks by a table (see BitMap.table)."""
+    row_nbytes, block_nbytes = get_i64(args + ROW_NBYTES), get_i64(args + BLOCK_NBYTES)
+    blocks, pieces, n_parts = get_i64(args + BLOCKS), get_i64(args + PIECES), get_i64(args + N_PARTS)
+    turned = get_i64(args + BUFFERS) + worker * get_i64(args + BUFFER)
+    buffer = turned + get_i64(args + TURNED)
+    table = get_i64(args + TABLE)
+    first, last = fetch(args, item, buffer)
+    for strip in range(first, last):
+        for block in range(blocks):
+            raw = buffer + (strip - first) * LANES * row_nbytes + block * block_nbytes
+            for k in range(pieces):
+                turn_words(raw + get_i32(table + 4 * k), row_nbytes, turned + 4 * QUAD * k)
+            entry = table + 4 * pieces
+            for k in range(n_parts):
+                part = args + PARTS + 40 * k
+                to = get_i64(part) + strip * get_i64(part + 8) + block * get_i64(part + 16)
+                nbytes = get_i64(part + 24)
+                for _ in range(get_i64(part + 32)):
+                    word = splat_i32(get_i32(entry))
+                    terms = get_i32(entry + 4)
+                    entry += 8
+                    for _ in range(terms):
+                        word = add_term(word, turned, entry)
+                        entry += 16
+                    if nbytes == 4:
+                        store_low(to, word, 4)
+                    elif nbytes == 2:
+                        store_low(to, word, 2)
+                    else:
+                        store_low(to, word, 1)
+                    to += nbytes * LANES
+
+
+@kernel
+def turn_rows(args, item, worker, halves):
+    """Strips of plain numbers: transposed, PIECE_NBYTES of each row at a time."""
+    row_nbytes = get_i64(args + ROW_NBYTES)
+    buffer = get_i64(args + BUFFERS) + worker * get_i64(args + BUFFER)
+    first, last = fetch(args, item, buffer)
+    to = get_i64(args + PARTS) + first * LANES * row_nbytes
+    for strip in range(last - first):
+        raw = buffer + strip * LANES * row_nbytes
+        for at in range(0, row_nbytes, PIECE_NBYTES):
+            if halves:
+                turn_halves(raw + at, row_nbytes, to)
+            else:
+                turn_words(raw + at, row_nbytes, to)
+            to += LANES * PIECE_NBYTES
+
+
+@lazy
+def pack_floats(args, item, worker):
+    """Strips of 32-bit numbers."""
+    turn_rows(args, item, worker, False)
+
+
+@lazy
+def pack_halves(args, item, worker):
+    """Strips of 16-bit numbers."""
+    turn_rows(args, item, worker, True)
+
+
+def pack(tensor: Tensor, team: Team, memory: Arena) -> Packed:
+    """Pack a tensor (rows, cols) on a team's threads into memory of the arena: what `pack.pack` does, sooner."""
+    out = _pack(tensor, team, memory)
+    if out is not None:
+        return out
+    if team.threads == 1 or 4 * tensor.n_elements <= SLAB_NBYTES:
+        return numpy_pack.pack(tensor, new=memory.array)
+    with ThreadPoolExecutor(team.threads) as pool:
+        return numpy_pack.pack(tensor, pool.map, memory.array)
+
+
+def _pack(tensor: Tensor, team: Team, memory: Arena) -> Packed | None:
+    """The packed matrix, or None where the kernels cannot make it."""
+    strips = tensor.rows // LANES
+    if not strips or tensor.byte_order != "<" or sys.byteorder != "little":
+        return None
+    bitmap = None
+    if tensor.type.name in PLAIN:
+        if tensor.row_nbytes % PIECE_NBYTES:
+            return None
+        layout, codebook, table, pieces = Layout(PLAIN[tensor.type.name]), None, np.empty(0, np.int32), 0
+        kernel = pack_floats if tensor.type.block_nbytes == 4 else pack_halves
+    else:
+        bitmap = map_of(tensor.type)
+        if bitmap is None:
+            return None
+        layout, codebook, table, pieces = bitmap.layout, bitmap.codebook, bitmap.table, len(bitmap.pieces)
+        kernel = pack_words
+    out = numpy_pack.allocate((tensor.rows, tensor.cols), layout, codebook, memory.array)
+    blocks = tensor.cols // tensor.type.block
+    parts = [address(out.codes)]
+    if bitmap is not None:
+        parts = []
+        for part in bitmap.parts:
+            array, nbytes = getattr(out, part.name), part.nbytes * LANES
+            assert array[0].nbytes == blocks * part.count * nbytes, part
+            parts += [address(array), array[0].nbytes, part.count * nbytes, part.nbytes, part.count]
+    failed = np.zeros(1, np.int64)
+    row_nbytes = tensor.row_nbytes
+    per_item = max(1, min(BUFFER_NBYTES // (LANES * row_nbytes), strips // (4 * team.threads)))
+    turned = PIECE_NBYTES * LANES * pieces
+    buffer = -(-(turned + per_item * LANES * row_nbytes + SLACK) // 64) * 64
+    page, pages = memory.fresh_pages()
+    source, descriptor, offset, keep = _source(tensor)
+    with team.lock:
+        words = [page, source, descriptor, offset, row_nbytes, strips, per_item, blocks, tensor.type.block_nbytes]
+        words += [team.scratch(buffer * team.threads), buffer, turned, address(table), pieces, address(failed)]
+        words += [len(parts) // 5, *parts]
+        team.run([(touch.address, pages)] * (pages > 0) + [(kernel.address, -(-strips // per_item))], words)
+    del keep
+    if failed[0]:
+        return None
+    if tensor.rows % LANES and not numpy_pack.fill(out, tensor, strips * LANES, tensor.rows):
+        return None
+    return out
+
+
+def _source(tensor: Tensor) -> tuple[int, int, int, object]:
+    """Address of the bytes in memory, or file and place in it; and what has to live meanwhile."""
+    number = getattr(tensor.source, "fileno", None)
+    if number is not None and hasattr(os, "pread"):
+        return 0, number(), tensor.offset, tensor.source
+    raw = np.ascontiguousarray(tensor.source.view(tensor.offset, tensor.nbytes))
+    return address(raw), -1, 0, raw
