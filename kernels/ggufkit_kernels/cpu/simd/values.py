@@ -23,6 +23,7 @@ from .build import (
     load,
     number,
     offset,
+    pick,
     splat,
     store,
 )
@@ -214,9 +215,19 @@ def _sum(builder: Any, x: Any) -> Any:
     return builder.extract_element(x, ir.Constant(I32, 0))
 
 
+def _largest(builder: Any, x: Any) -> Any:
+    """The largest lane, pairwise; lanes that are NaN may be passed over."""
+    while x.type.count > 1:
+        half = x.type.count // 2
+        low, high = pick(builder, x, list(range(half))), pick(builder, x, list(range(half, 2 * half)))
+        x = builder.select(builder.fcmp_ordered(">", low, high), low, high)
+    return builder.extract_element(x, ir.Constant(I32, 0))
+
+
 def _round(builder: Any, x: Any) -> Any:
-    whole = call(builder, f"llvm.rint.v{LANES}f32", VECTOR["f32"], x)
-    return call(builder, f"llvm.fptosi.sat.v{LANES}i32.v{LANES}f32", VECTOR["i32"], whole)
+    """Adding 1.5 * 2**23 leaves the float unit with whole numbers, in the lowest bits of the sum."""
+    shift = const(VECTOR["f32"], 12582912.0)
+    return builder.sub(builder.bitcast(builder.fadd(x, shift), VECTOR["i32"]), const(VECTOR["i32"], 0x4B400000))
 
 
 def pair(builder: Any, x: Any) -> Any:
@@ -239,12 +250,7 @@ max_f32 = _pointwise(
 )  # NaN in x stays
 exp_f32 = _pointwise("exp_f32", f32, (f32,), _exp)
 sum_f32 = _pointwise("sum_f32", types.float32, (f32,), _sum)
-largest_f32 = _pointwise(
-    "largest_f32",
-    types.float32,
-    (f32,),
-    lambda b, x: call(b, f"llvm.vector.reduce.fmax.v{LANES}f32", FLOAT, x),
-)
+largest_f32 = _pointwise("largest_f32", types.float32, (f32,), _largest)
 first_f32 = _pointwise("first_f32", types.float32, (f32,), lambda b, x: b.extract_element(x, ir.Constant(I32, 0)))
 float_i32 = _pointwise("float_i32", f32, (i32,), lambda b, x: b.sitofp(x, VECTOR["f32"]))
-round_f32 = _pointwise("round_f32", i32, (f32,), _round)  # to nearest, ties to even; NaN becomes 0
+round_f32 = _pointwise("round_f32", i32, (f32,), _round)  # to nearest, ties to even; right for |x| < 2**22
