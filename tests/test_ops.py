@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -15,7 +12,7 @@ from ggufkit_formats.errors import UsageError
 from ggufkit_kernels.cpu import ops as cpu_ops
 from ggufkit_kernels.cpu.jit import kernel
 from ggufkit_kernels.cpu.ops import CpuOps
-from ggufkit_kernels.cpu.simd import compiled_features, get_number, put_f16
+from ggufkit_kernels.cpu.simd import get_number, put_f16
 from ggufkit_kernels.cpu.team import default_threads
 from ggufkit_kernels.ops_ref import RefOps
 from memory_tensors import MadeUp, from_raw, random_blocks
@@ -279,21 +276,6 @@ def test_python_threads_may_call_at_once() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-
-
-@pytest.mark.parametrize("cpu", ["x86-64", pytest.param("haswell", marks=pytest.mark.slow)])
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="another processor's names")
-def test_kernels_for_a_lesser_processor(cpu: str) -> None:
-    """Without AVX2, F16C and FMA (x86-64), the same kernels from LLVM's portable instructions."""
-    if cpu == "haswell" and "avx2" not in compiled_features():
-        pytest.skip("this processor cannot run it")
-    which = "half or (attend_against and 20) or (embed and (Q4_0 or Q8_0))"
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", which]
-    done = subprocess.run(
-        command, env=os.environ | {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": ""}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "passed" in done.stdout
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -1,0 +1,34 @@
+"""The assembly of matmul kernels, for the processor that NUMBA_CPU_NAME names; nothing of it is run.
+
+python simd_assembly.py    JSON on stdout: the family, and the assembly by name
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ggufkit_kernels.cpu import inputs, matmul, plain_matmul, quant_matmul
+from ggufkit_kernels.cpu.pack import Layout
+from ggufkit_kernels.cpu.simd import FAMILY
+from ggufkit_kernels.cpu.team import SIGNATURE
+
+LAYOUTS = {
+    "Q4_0": Layout("codes", 4, 32, 32, 8),
+    "Q4_K": Layout("codes", 4, 256, 32, 0, "u1", 2),
+    "Q6_K": Layout("codes", 6, 256, 16, 32, "i1"),
+}
+
+
+def assembly(layout: Layout, tokens: int) -> str:
+    function: Any = matmul.matmul_kernel(layout, tokens)
+    function.compile(SIGNATURE)
+    return function.inspect_asm(function.signatures[0])
+
+
+if __name__ == "__main__":
+    for module in (quant_matmul, plain_matmul, inputs):
+        vars(module)["address_of"] = lambda function: function  # the kernel itself, not where its code lies
+    found = {name: assembly(layout, matmul.TOKENS) for name, layout in LAYOUTS.items()}
+    found["Q4_K, 1"] = assembly(LAYOUTS["Q4_K"], 1)
+    print(json.dumps({"family": FAMILY.name, "assembly": found}))
