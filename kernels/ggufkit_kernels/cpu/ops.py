@@ -44,14 +44,14 @@ class Plan:
     """How a weight is multiplied with n tokens: kernels, items, the args' last words, the scratch for the inputs."""
 
     def __init__(self, packed: Packed, n: int, threads: int):
-        layout, cols, strips = packed.layout, packed.padded_cols, packed.strips
+        layout, cols = packed.layout, packed.padded_cols
         plain = layout.is_plain
         tile = PLAIN_TOKENS if plain else TOKENS
         tile = tile if n >= tile else 1
         tokens_per_item = max(tile, TOKEN_BLOCK_NBYTES // (cols * (4 if plain else 1)) // tile * tile)
         token_items = -(-n // tokens_per_item)
-        per_item = self._strips_per_item(packed, token_items if n > 1 else 0, threads)
-        strip_items = -(-strips // per_item)
+        self.bounds = np.array(_bounds(packed, token_items if n > 1 else 0, threads), np.int64)
+        strip_items = len(self.bounds) - 1
         tiles = -(-n // tile)
         prep_tiles = max(1, 8192 // (cols * tile))
         self.kernel = (matmul_kernel(layout, tile), strip_items * token_items)
@@ -73,23 +73,32 @@ class Plan:
             self.scratch_nbytes += -(-nbytes // 64) * 64
         self.weight_words = weight_words(packed)
         self.prep_key = (self.prep, cols, layout.too_much, packed.table_step)
-        self.tail = [per_item, tokens_per_item, strip_items, prep_tiles]
-
-    @staticmethod
-    def _strips_per_item(packed: Packed, token_items: int, threads: int) -> int:
-        """Strips of an item. One that comes late holds up all others at the end: at least eight items a thread, and
-        for one token, where memory decides who comes when, sixteen, as long as each is worth taking."""
-        strips = packed.strips
-        if threads == 1:
-            return strips
-        if token_items:
-            return max(-(-strips // -(-8 * threads // token_items)), min(4, strips))
-        at_least = -(-ITEM_NBYTES * strips // packed.nbytes)
-        return min(strips, max(1, at_least, -(-strips // (16 * threads))))
+        self.tail = [address(self.bounds), tokens_per_item, strip_items, prep_tiles]
 
     def scratch_at(self, base: int) -> list[int]:
         """The addresses of the scratch's sections."""
         return [base + offset for offset in self.sections] or NOTHING
+
+
+def _bounds(packed: Packed, token_items: int, threads: int) -> list[int]:
+    """Where items begin among the strips, and the end. An item that comes late holds up all others at the end.
+
+    Many tokens (in `token_items` groups): equal items, at least eight a thread. One token (0): a thread that jumps to
+    another place waits for the memory, so items begin large, and shrink as the end comes near (guided
+    self-scheduling, Polychronopoulos and Kuck, 1987).
+    """
+    strips = packed.strips
+    if threads == 1:
+        return [0, strips]
+    if token_items:
+        step = max(-(-strips // -(-8 * threads // token_items)), min(4, strips))
+        return [*range(0, strips, step), strips]
+    least = max(1, -(-ITEM_NBYTES * strips // packed.nbytes))
+    bounds = [0]
+    while bounds[-1] < strips:
+        rest = strips - bounds[-1]
+        bounds.append(min(strips, bounds[-1] + max(least, -(-rest // (2 * threads)))))
+    return bounds
 
 
 @dataclass

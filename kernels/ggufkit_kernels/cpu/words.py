@@ -33,7 +33,7 @@ CALL_WORDS = [
     "a",
     "starts",
     "sums",
-    "strips_per_item",
+    "bounds",
     "tokens_per_item",
     "strip_items",
     "prep_tiles",
@@ -42,7 +42,7 @@ AT = {name: 8 * k for k, name in enumerate(WEIGHT_WORDS + CALL_WORDS)}
 (CODES, D, SCALE, DMIN, MINIMUM, TABLE, STRIP_NBYTES, BLOCKS, ROWS, STRIPS, COLS, OFFSET, FACTOR) = (
     AT[name] for name in WEIGHT_WORDS
 )
-(X, N, OUT, BIAS, Q, A, STARTS, SUMS, STRIPS_PER_ITEM, TOKENS_PER_ITEM, STRIP_ITEMS, PREP_TILES) = (
+(X, N, OUT, BIAS, Q, A, STARTS, SUMS, BOUNDS, TOKENS_PER_ITEM, STRIP_ITEMS, PREP_TILES) = (
     AT[name] for name in CALL_WORDS
 )
 
@@ -69,13 +69,11 @@ def weight_words(weight: Packed) -> list[int]:
 
 @kernel
 def part_of(args, item):
-    """An item's range of strips and of tokens."""
-    strip_items, per_item = get_i64(args + STRIP_ITEMS), get_i64(args + STRIPS_PER_ITEM)
-    strip = item % strip_items * per_item
-    tokens = get_i64(args + TOKENS_PER_ITEM)
+    """An item's range of strips and of tokens. BOUNDS are the strips at which items begin, and their end."""
+    strip_items, tokens = get_i64(args + STRIP_ITEMS), get_i64(args + TOKENS_PER_ITEM)
+    bound = get_i64(args + BOUNDS) + 8 * (item % strip_items)
     token = item // strip_items * tokens
-    last = min(strip + per_item, get_i64(args + STRIPS))
-    return strip, last, token, min(token + tokens, get_i64(args + N))
+    return get_i64(bound), get_i64(bound + 8), token, min(token + tokens, get_i64(args + N))
 
 
 @kernel
