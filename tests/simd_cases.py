@@ -32,7 +32,7 @@ QUANTIZED: dict[str, MadeUp] = {
     "two d": MadeUp(5, 16, 16, offset=16, dmin=True),
 }
 FEW = ("minima", "units of 16", "bytes")  # where each kernel that is compiled counts
-ALONE = ("offset", "units of 16")  # those that are run with one token too: each is a kernel more
+ALONE = ("offset", "fine table")  # those that are run with one token too: each is a kernel more
 PARTS = ("products", "attention", "others")
 ROWS, COLS, TOKENS = 21, 512, 11  # ragged for 16 lanes and for 8, and for tiles of 8 and of 4
 
