@@ -9,7 +9,6 @@ import pytest
 from ggufkit_formats.blocks import find
 from ggufkit_formats.errors import FormatError, UnsupportedError
 from ggufkit_kernels.cpu.encode import ENCODERS, PIECE, encode
-from ggufkit_kernels.cpu.encode_number import half_bits, half_value
 from nasty_weights import COLS, finite_rows, large_rows
 
 NAMES = list(ENCODERS)
@@ -91,19 +90,3 @@ def test_types_without_a_kernel_and_wrong_arguments():
         encode("q4_k", x, importance=np.ones(COLS, np.float32))
     with pytest.raises(UnsupportedError, match="did you mean"):
         encode("q4_q", x)
-
-
-def test_half_precision():
-    halves = np.arange(1 << 16, dtype=np.uint16)
-    values = halves.view(np.float16).astype(np.float32)
-    for bits, value in zip(halves, values, strict=True):
-        ours = half_value(np.uint32(bits))
-        assert ours == value or (np.isnan(ours) and np.isnan(value))
-    rng = np.random.default_rng(4)
-    finite = np.sort(values[np.isfinite(values)])
-    x = np.concatenate([finite, np.nextafter(finite, np.float32(9e9)), np.nextafter(finite, np.float32(-9e9))])
-    x = np.concatenate([x, (finite[1:] + finite[:-1]) / 2, rng.integers(0, 1 << 32, 20000, np.uint32).view(np.float32)])
-    x = rng.permutation(x[~np.isnan(x)])[:60000]
-    with np.errstate(over="ignore"):
-        expected = x.astype(np.float16).view(np.uint16)
-    assert [half_bits(v) for v in x] == expected.tolist()

@@ -13,12 +13,12 @@ from ggufkit_kernels.cpu import jit
 
 PROGRAM = """
 import numpy as np
-from ggufkit_kernels.cpu import encode_number, jit
+from ggufkit_kernels.cpu import jit
+from ggufkit_kernels.cpu.encode.legacy import inverse_of
 {before}
 for _ in range(2):
-    assert encode_number.half_bits(np.float32(1)) == 0x3C00
-    assert encode_number.half_value(np.uint32(0x3C00)) == 1
-print(jit.CACHE_DIR, sum(encode_number.half_bits.stats.cache_hits.values()))
+    assert inverse_of(np.float32(4)) == (0.25, True)
+print(jit.CACHE_DIR, sum(inverse_of.stats.cache_hits.values()))
 """
 
 
@@ -88,7 +88,7 @@ def test_damaged_cache_and_full_disk(tmp_path):
     assert hits == 0 and not list(Path(folder).rglob("*.nbc"))
     run(tmp_path)
     files = [path for path in Path(folder).rglob("*.nb?") if path.stat().st_size]
-    assert len(files) >= 4
+    assert len(files) >= 2
     for path in files:
         path.write_bytes(path.read_bytes()[:-20] + bytes(range(20)))
     _, hits, said = run(tmp_path)

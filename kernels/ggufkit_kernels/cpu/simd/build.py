@@ -12,12 +12,23 @@ from .target import LANES, QUAD, has
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 FLOAT, HALF = ir.FloatType(), ir.HalfType()
-VECTOR: dict[str, Any] = {
-    "u8": ir.VectorType(I8, QUAD),
-    "i16": ir.VectorType(I16, 2 * LANES),
-    "i32": ir.VectorType(I32, LANES),
-    "f32": ir.VectorType(FLOAT, LANES),
-}
+ELEMENTS: dict[str, Any] = {"f32": FLOAT, "i32": I32, "i16": I16, "u8": I8, "mask": I1}
+
+
+class Vectors(dict[str, Any]):
+    """LLVM's vector type of a kind: one of those below, or a number and an element, as 16f32."""
+
+    def __missing__(self, kind: str) -> Any:
+        element = kind.lstrip("0123456789")
+        return self.setdefault(kind, ir.VectorType(ELEMENTS[element], int(kind.removesuffix(element))))
+
+
+VECTOR = Vectors(
+    u8=ir.VectorType(I8, QUAD),
+    i16=ir.VectorType(I16, 2 * LANES),
+    i32=ir.VectorType(I32, LANES),
+    f32=ir.VectorType(FLOAT, LANES),
+)
 
 
 def call(builder: Any, name: str, result: Any, *args: Any) -> Any:

@@ -1,7 +1,7 @@
 """Quantize rows of weights fast: the bytes of `TensorType.encode`, many threads, compiled loops.
 
-The kernels stand in encode_ranged.py (Q2_K, Q4_K, Q5_K), encode_signed.py (Q3_K, Q6_K) and encode_legacy.py. Threads
-take pieces of about a megabyte of float32 from a common list, so the extra memory does not grow with the
+The kernels stand in ranged.py (Q2_K, Q4_K, Q5_K), signed.py (Q6_K), coordinate.py (Q3_K) and legacy.py. Threads
+take pieces of a megabyte of float32 from a common list, so the extra memory does not grow with the
 input, and nothing is shared between calls: any number of Python threads may encode at once.
 
 Speeds of all types, beside ggml's and the definition's, stand in docs/formats/blocks.md.
@@ -21,32 +21,35 @@ import numpy as np
 from ggufkit_formats.blocks import TensorType, find
 from ggufkit_formats.blocks.base import as_float32
 
-from . import encode_legacy, encode_ranged, encode_signed
+from ..simd import LANES
+from . import coordinate, legacy, ranged, signed
 
 PIECE = 1 << 18  # weights that a thread takes at a time
-F32 = np.float32
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A kernel (x (n, block), out (n, nbytes) zeroed, *arguments, *scratch arrays of this thread)."""
+    """A kernel (addresses of x and of out, number of blocks, address of scratch) -> whether a check is due.
 
-    kernel: Callable[..., Any]
-    arguments: tuple[Any, ...] = ()
-    scratch: Callable[[], tuple[np.ndarray, ...]] = tuple
+    The number of blocks is a multiple of `lanes`. A check is due where a weight or a scale may not be finite.
+    """
+
+    kernel: Callable[[int, int, int, int], bool]
+    scratch: int = 0  # bytes
+    lanes: int = 1
 
 
 ENCODERS: dict[str, Encoder] = {
-    "Q4_0": Encoder(encode_legacy.q45, (4, False)),
-    "Q4_1": Encoder(encode_legacy.q45, (4, True)),
-    "Q5_0": Encoder(encode_legacy.q45, (5, False)),
-    "Q5_1": Encoder(encode_legacy.q45, (5, True)),
-    "Q8_0": Encoder(encode_legacy.q8_0),
-    "Q2_K": Encoder(encode_ranged.q2_k, (), lambda: encode_ranged.scratch(16)),
-    "Q3_K": Encoder(encode_signed.q3_k, (), encode_signed.scratch),
-    "Q4_K": Encoder(encode_ranged.q45_k, (4, F32(-1), 20), lambda: encode_ranged.scratch(32)),
-    "Q5_K": Encoder(encode_ranged.q45_k, (5, F32(-0.5), 15), lambda: encode_ranged.scratch(32)),
-    "Q6_K": Encoder(encode_signed.q6_k, (), encode_signed.scratch),
+    "Q4_0": Encoder(legacy.q4_0),
+    "Q4_1": Encoder(legacy.q4_1),
+    "Q5_0": Encoder(legacy.q5_0),
+    "Q5_1": Encoder(legacy.q5_1),
+    "Q8_0": Encoder(legacy.q8_0),
+    "Q2_K": Encoder(ranged.q2_k, ranged.SCRATCH, LANES),
+    "Q3_K": Encoder(coordinate.q3_k, coordinate.SCRATCH, LANES),
+    "Q4_K": Encoder(ranged.q4_k, ranged.SCRATCH, LANES),
+    "Q5_K": Encoder(ranged.q5_k, ranged.SCRATCH, LANES),
+    "Q6_K": Encoder(signed.q6_k, signed.SCRATCH, LANES),
 }
 
 
@@ -69,7 +72,7 @@ def encode(
     x = as_float32(x)
     row_nbytes = type.row_nbytes(x.shape[-1])
     blocks = x.reshape(-1, type.block)
-    out = np.zeros((len(blocks), type.block_nbytes), np.uint8)
+    out = np.empty((len(blocks), type.block_nbytes), np.uint8)
     run(type, encoder, blocks, out, threads or available_threads())
     return out.reshape(*x.shape[:-1], row_nbytes)
 
@@ -89,13 +92,14 @@ def run(type: TensorType, encoder: Encoder, blocks: np.ndarray, out: np.ndarray,
     stop = threading.Event()
 
     def work() -> None:
-        scratch = encoder.scratch()
+        scratch = np.empty(encoder.scratch + 64, np.uint8)
+        scratch = scratch[-scratch.ctypes.data % 64 :]  # no vector then lies in two cache lines
         try:
             while not stop.is_set() and (piece := next(counter)) < pieces:
                 part = slice(piece * step, (piece + 1) * step)
-                type.check_finite(blocks[part])
-                encoder.kernel(blocks[part], out[part], *encoder.arguments, *scratch)
-                type.check_scales(out[part].reshape(-1).view(type.fields))
+                if encode_piece(encoder, blocks[part], out[part], scratch):
+                    type.check_finite(blocks[part])
+                    type.check_scales(out[part].reshape(-1).view(type.fields))
         except BaseException:
             stop.set()
             raise
@@ -109,3 +113,17 @@ def run(type: TensorType, encoder: Encoder, blocks: np.ndarray, out: np.ndarray,
         work()
         for other in others:
             other.result()
+
+
+def encode_piece(encoder: Encoder, x: np.ndarray, out: np.ndarray, scratch: np.ndarray) -> bool:
+    """Encode blocks x (n, block) into out (n, nbytes), both contiguous; the last ones beside blocks of zeros."""
+    whole = len(x) - len(x) % encoder.lanes
+    address: Any = scratch.ctypes.data
+    due = whole and encoder.kernel(x.ctypes.data, out.ctypes.data, whole, address)
+    if rest := len(x) - whole:
+        last_x = np.zeros((encoder.lanes, x.shape[1]), np.float32)
+        last_out = np.empty((encoder.lanes, out.shape[1]), np.uint8)
+        last_x[:rest] = x[whole:]
+        due |= encoder.kernel(last_x.ctypes.data, last_out.ctypes.data, encoder.lanes, address)
+        out[whole:] = last_out[:rest]
+    return bool(due)
