@@ -7,7 +7,6 @@ kernels of one team take turns.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 from ggufkit_formats.errors import UsageError
 from ggufkit_formats.tensor import Tensor
 
-from . import attention, elementwise
+from . import attention, elementwise, pack_fast
 from .matmul import (
     NUMBERS,
     PLAIN_TOKENS,
@@ -25,7 +24,8 @@ from .matmul import (
     matmul_kernel,
     prep_kernel,
 )
-from .pack import SLAB_NBYTES, Packed, pack
+from .memory import Arena
+from .pack import Packed
 from .simd import LANES
 from .team import address, default_threads, team
 from .words import float_bits, weight_words
@@ -188,17 +188,15 @@ class CpuOps:
             raise UsageError(f"{threads} threads: at least 1 is needed")
         self.threads = threads or default_threads()
         self.team = team(self.threads)
+        self.memory = Arena()
         nothing = np.empty((0, 0), np.float32)
         self._last_rotations: tuple = (None, (0, 0, 0.0), (nothing, nothing))
 
     # -- weights -----------------------------------------------------------------------------------
 
     def weight(self, tensor: Tensor) -> CpuWeight:
-        """Pack a matrix (rows, cols) of any tensor type, read with pread by slabs of rows."""
-        if self.threads == 1 or 4 * tensor.n_elements <= SLAB_NBYTES:
-            return CpuWeight(pack(tensor))
-        with ThreadPoolExecutor(self.threads) as pool:
-            return CpuWeight(pack(tensor, pool.map))
+        """Pack a matrix (rows, cols) of any tensor type, read with pread by a few rows at a time."""
+        return CpuWeight(pack_fast.pack(tensor, self.team, self.memory))
 
     def vector(self, tensor: Tensor) -> np.ndarray:
         """A small tensor as float32, flattened."""
@@ -257,6 +255,7 @@ class CpuOps:
         number = NUMBERS[layout.values] if layout.is_plain else (0 if layout.wide else 1)
         words = [address(ids), len(ids), address(out), cols, packed.padded_cols, layout.block, layout.group]
         words += [layout.bits, SCALES[layout.scale], layout.minimum, levels, number, 16, layout.offset]
+        words += [layout.joined]
         kernel = elementwise.embed_plain if layout.is_plain else elementwise.embed_codes
         self._launch([(kernel.address, -(-len(ids) // 16))], weight_words(packed) + words, (ids,), (out,))
         return out
