@@ -35,6 +35,7 @@ class Quants:
     dmin: np.ndarray | None = None  # (n,) float32, may be negative
     minimum: np.ndarray | None = None  # (n, block // group) uint8
     codebook: np.ndarray | None = None  # (2**bits,) float32 or int8
+    scale_bits: int = 8  # that the type has for a scale and for a minimum, where they are unsigned
 
     def decode(self) -> np.ndarray:
         """The weights, float32 (n, block), by the formula above."""

@@ -85,7 +85,7 @@ class Q2_K(KType):
         s = blocks["scales"]
         codes = bits(blocks["qs"], 2, (0, 2, 4, 6), 3)
         d, dmin = blocks["d"].astype(F32), blocks["dmin"].astype(F32)
-        return Quants(codes, 2, 0, 16, d, s & np.uint8(15), dmin, s >> 4)
+        return Quants(codes, 2, 0, 16, d, s & np.uint8(15), dmin, s >> 4, scale_bits=4)
 
     def fill(self, out: np.ndarray, x: np.ndarray) -> None:
         out["scales"], out["d"], out["dmin"], codes = k_search.q2_k(x)
@@ -147,7 +147,7 @@ class Q4_K(KType):
         scale, minimum = unpack_scales_6(blocks["scales"])
         codes = bits(blocks["qs"], 4, (0, 4), 15)
         d, dmin = blocks["d"].astype(F32), blocks["dmin"].astype(F32)
-        return Quants(codes, 4, 0, 32, d, scale, dmin, minimum)
+        return Quants(codes, 4, 0, 32, d, scale, dmin, minimum, scale_bits=6)
 
     def fill(self, out: np.ndarray, x: np.ndarray) -> None:
         scale, minimum, out["d"], out["dmin"], codes = k_search.q45_k(x, 4)
@@ -176,7 +176,7 @@ class Q5_K(KType):
         codes = bits(blocks["qs"], 4, (0, 4), 15)
         codes |= bits(blocks["qh"], 1, tuple(range(8)), 1) << 4
         d, dmin = blocks["d"].astype(F32), blocks["dmin"].astype(F32)
-        return Quants(codes, 5, 0, 32, d, scale, dmin, minimum)
+        return Quants(codes, 5, 0, 32, d, scale, dmin, minimum, scale_bits=6)
 
     def fill(self, out: np.ndarray, x: np.ndarray) -> None:
         scale, minimum, out["d"], out["dmin"], codes = k_search.q45_k(x, 5)

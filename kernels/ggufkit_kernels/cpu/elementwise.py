@@ -144,8 +144,9 @@ EMBED_WORDS = [
     "number",
     "per_item",
     "offset",
+    "joined",
 ]
-(IDS, N, OUT, COLS, PADDED, BLOCK, GROUP, BITS, SCALED, MINIMA, LEVELS, NUMBER, PER_ITEM, OFFSET) = (
+(IDS, N, OUT, COLS, PADDED, BLOCK, GROUP, BITS, SCALED, MINIMA, LEVELS, NUMBER, PER_ITEM, OFFSET, JOINED) = (
     8 * (len(WEIGHT_WORDS) + k) for k in range(len(EMBED_WORDS))
 )
 
@@ -190,6 +191,16 @@ def code_at(base, q, bits):
     return code
 
 
+@kernel
+def joined_at(args, at, group, lane, minimum, bits):
+    """A scale (minimum 0) or minimum (1) that shares bytes; `group` counts through all strips. See pack.py."""
+    value = get_u8(get_i64(args + SCALE) + at) >> (4 * minimum) & 15
+    if bits == 6:
+        high = get_u8(get_i64(args + MINIMUM) + group // 2 * LANES + lane)
+        value |= (high >> (group % 2 * 4 + 2 * minimum) & 3) << 4
+    return value
+
+
 @lazy
 def embed_codes(args, item, worker):
     """Rows of codes of any layout, decoded by the formula of `Quants`, in its order: bit for bit."""
@@ -197,6 +208,7 @@ def embed_codes(args, item, worker):
     block, group, offset = get_i64(args + BLOCK), get_i64(args + GROUP), get_i64(args + OFFSET)
     blocks, groups = get_i64(args + PADDED) // block, get_i64(args + PADDED) // group
     scaled, minima, levels = get_i64(args + SCALED), get_i64(args + MINIMA), get_i64(args + LEVELS)
+    joined = get_i64(args + JOINED)
     for t in range(item * get_i64(args + PER_ITEM), min((item + 1) * get_i64(args + PER_ITEM), get_i64(args + N))):
         row = get_i64(get_i64(args + IDS) + 8 * t)
         strip, lane = row // LANES, row % LANES
@@ -206,13 +218,17 @@ def embed_codes(args, item, worker):
             at_d = (strip * blocks + g * group // block) * LANES + lane
             at_g = (strip * groups + g) * LANES + lane
             d, low = number_at(get_i64(args + D), at_d, number), np.float32(0.0)
-            if scaled == 1:
+            if joined:
+                d = d * np.float32(joined_at(args, at_g, strip * groups + g, lane, 0, joined))
+            elif scaled == 1:
                 d = d * np.float32(get_i8(get_i64(args + SCALE) + at_g))
             elif scaled == 2:
                 d = d * np.float32(get_u8(get_i64(args + SCALE) + at_g))
             if minima:
                 low = number_at(get_i64(args + DMIN), at_d, number)
-                if minima == 2:
+                if joined:
+                    low = low * np.float32(joined_at(args, at_g, strip * groups + g, lane, 1, joined))
+                elif minima == 2:
                     low = low * np.float32(get_u8(get_i64(args + MINIMUM) + at_g))
             for i in range(g * group, (g + 1) * group):
                 code = code_at(codes + i // 32 * bits * QUAD + i % 4, i % 32 // 4, bits)

@@ -33,6 +33,7 @@ def matmul_kernel(layout: Layout, tokens: int) -> int:
     if layout.is_plain:
         return plain_matmul(NUMBERS[layout.values], tokens)
     form = (VALUES[layout.values], layout.bits, layout.block, layout.group, SCALES[layout.scale], layout.minimum)
+    form += (layout.joined,)
     wide, started = int(layout.wide), int(layout.too_much != 0)
     if FAMILY.dot == "pairs":
         return by_pairs(*form, wide, layout.span // 4, started, tokens)

@@ -14,6 +14,9 @@ lanes is needed. Codes are cut into bit planes of 4, 2 and 1 bits (or whole byte
     d, dmin  float16 bits or float32 (strips, blocks, LANES)
     scale, minimum   int8 or uint8 (strips, groups, LANES)
 
+Scales and minima of 4 bits share a byte of `scale` (the minimum above); of those of 6 bits, `scale` has the low four
+bits likewise, and `minimum` (strips, groups / 2, LANES) the high two: scale, minimum of an even group, then of an odd.
+
 Plain numbers are strips of columns: (strips, cols, LANES) of float32, float16 bits or bfloat16 bits.
 A layout is a row of data; a tensor type that no line here names runs too, if its `quants` has groups of 16 or of
 multiples of 16. What has not (or no quants at all) is held as float32.
@@ -48,6 +51,7 @@ class Layout:
     offset: int = 0
     scale: str = ""  # "", "i1", "u1"
     minimum: int = 0  # 0 none, 1 dmin alone, 2 dmin * minimum
+    joined: int = 0  # bits of a scale and of a minimum that share bytes: 4, 6, or 0 where each has its own
     wide: bool = False  # d and dmin are float32
 
     @property
@@ -196,9 +200,30 @@ def layout_of(quants: Quants) -> Layout | None:
         offset=quants.offset if quants.codebook is None else 0,
         scale="" if quants.scale is None else ("i1" if quants.scale.dtype == np.int8 else "u1"),
         minimum=0 if quants.dmin is None else (1 if quants.minimum is None else 2),
+        joined=_joined(quants),
         wide=not (is_half(quants.d) and (quants.dmin is None or is_half(quants.dmin))),
     )
     return None if values == "codes" and not layout.span else layout
+
+
+def _joined(quants: Quants) -> int:
+    """Whether scales and minima are small enough to share bytes."""
+    if quants.scale is None or quants.minimum is None or quants.scale.dtype != np.uint8:
+        return 0
+    pairs = quants.codes.shape[1] // quants.group % 2 == 0
+    return 4 if quants.scale_bits <= 4 else (6 if quants.scale_bits <= 6 and pairs else 0)
+
+
+def scale_arrays(quants: Quants, layout: Layout) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """What goes into `scale` and `minimum`, (n, groups) or half of it, each where there is any."""
+    scale, minimum = quants.scale, quants.minimum
+    if not layout.joined or scale is None or minimum is None:
+        return scale, minimum
+    low = scale & np.uint8(15) | minimum << np.uint8(4)
+    if layout.joined == 4:
+        return low, None
+    high = scale >> np.uint8(4) | minimum >> np.uint8(4) << np.uint8(2)
+    return low, high[:, ::2] | high[:, 1::2] << np.uint8(4)
 
 
 def _strips(x: np.ndarray) -> np.ndarray:
@@ -275,8 +300,8 @@ def allocate(shape: tuple[int, int], layout: Layout, codebook: np.ndarray | None
         out.scale = new((out.strips, groups, LANES), np.dtype(layout.scale))
     if layout.minimum:
         out.dmin = new((out.strips, blocks, LANES), number)
-    if layout.minimum == 2:
-        out.minimum = new((out.strips, groups, LANES), np.dtype(np.uint8))
+    if layout.minimum == 2 and layout.joined != 4:
+        out.minimum = new((out.strips, groups // (2 if layout.joined else 1), LANES), np.dtype(np.uint8))
     if codebook is not None:
         _set_table(out, codebook)
     return out
@@ -309,7 +334,7 @@ def fill(out: Packed, tensor: Tensor, start: int, stop: int) -> bool:
                     return False
             strip = _strips(values.reshape(n, -1))
             to[strips, : strip.shape[1]] = strip
-    for to, values in ((out.scale, quants.scale), (out.minimum, quants.minimum)):
+    for to, values in zip((out.scale, out.minimum), scale_arrays(quants, layout), strict=True):
         if values is not None:
             to[strips] = _strips(values.reshape(n, -1))
     return True

@@ -23,7 +23,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 from ggufkit_formats.blocks import Quants, TensorType
 
-from .pack import Layout, canonical, halves, layout_of, pack_codes
+from .pack import Layout, canonical, halves, layout_of, pack_codes, scale_arrays
 from .simd import LANES, QUAD
 
 PIECE = 4  # words that are gathered at a time
@@ -109,8 +109,8 @@ def _words(quants: Quants, layout: Layout, n: int) -> tuple[tuple[Part, ...], np
     rows = strips.reshape(len(strips), -1, LANES).transpose(0, 2, 1)
     columns = [rows.reshape(-1, rows.shape[2])[:n]]
     parts = [Part("codes", 4, columns[0].shape[1])]
-    for name in ("d", "scale", "dmin", "minimum"):
-        values = getattr(quants, name)
+    scale, minimum = scale_arrays(quants, layout)
+    for name, values in (("d", quants.d), ("scale", scale), ("dmin", quants.dmin), ("minimum", minimum)):
         if values is None:
             continue
         if name in ("d", "dmin") and not layout.wide:

@@ -25,9 +25,10 @@ from .simd import (
     dot_pairs,
     float_i32,
     get_i64,
-    load_bytes,
     load_codes,
+    load_minimum,
     load_number,
+    load_scale,
     load_u8,
     mul_f32,
     neg_f32,
@@ -68,6 +69,7 @@ def by_pairs(
     group: int,
     scaled: int,
     minimum: int,
+    joined: int,
     wide: int,
     span: int,
     started: int,
@@ -80,6 +82,7 @@ def by_pairs(
     number, quads = (0 if wide else 1), (4 if halves else 8)
     code_step, scale_step, d_step = bits * 4 * LANES, LANES * (block // group), LANES * (4 if wide else 2)
     block_step = 2 * d_step if small else d_step
+    min_step = {0: scale_step, 4: 0, 6: scale_step // 2}[joined]
     sum_step, start_step = (8 if halves else 4), (4 * (8 // span) if started else 0)
 
     @kernel
@@ -96,7 +99,7 @@ def by_pairs(
                 at_d = get_i64(args + D) + strip * blocks * d_step
                 at_dmin = get_i64(args + DMIN) + strip * blocks * d_step
                 at_scale = get_i64(args + SCALE) + strip * blocks * scale_step
-                at_min = get_i64(args + MINIMUM) + strip * blocks * scale_step
+                at_min = get_i64(args + MINIMUM) + strip * blocks * min_step
                 q, a = get_i64(args + Q) + first * cols, get_i64(args + A) + first * cols // 8
                 start = get_i64(args + STARTS) + first * cols // 32 * start_step
                 sums = get_i64(args + SUMS) + first * cols // 32 * sum_step
@@ -107,7 +110,7 @@ def by_pairs(
                         planes = load_codes(code, bits)
                         total = zeros_i32(tokens)
                         if scaled:
-                            scale = load_bytes(at_scale + c // group_chunks * LANES * (1 + halves), scaled)
+                            scale = load_scale(at_scale, at_min, c // group_chunks * (1 + halves), scaled, joined)
                         total = dot_pairs(
                             total,
                             planes,
@@ -129,7 +132,7 @@ def by_pairs(
                             d, total = load_number(at_d + d_step, number), zeros_i32(tokens)
                         if halves:
                             if scaled:
-                                scale = load_bytes(at_scale + (2 * c + 1) * LANES, scaled)
+                                scale = load_scale(at_scale, at_min, 2 * c + 1, scaled, joined)
                             total = dot_pairs(
                                 total,
                                 planes,
@@ -151,13 +154,13 @@ def by_pairs(
                             for u in range(1 + halves):
                                 low = neg_f32(load_number(at_dmin + u * small * d_step, number))
                                 if minimum == 2:
-                                    which = (c // group_chunks * (1 + halves) + u) * LANES
-                                    low = mul_f32(low, float_i32(load_bytes(at_min + which, 2)))
+                                    which = c // group_chunks * (1 + halves) + u
+                                    low = mul_f32(low, float_i32(load_minimum(at_scale, at_min, which, joined)))
                                 acc = add_products(acc, low, sums + 4 * u, sum_step)
                         code, q, a = code + code_step, q + 32 * tokens, a + 4 * tokens
                         start, sums = start + start_step * tokens, sums + sum_step * tokens
                     at_d, at_dmin = at_d + block_step, at_dmin + block_step
-                    at_scale, at_min = at_scale + scale_step, at_min + scale_step
+                    at_scale, at_min = at_scale + scale_step, at_min + min_step
                 store_tile(
                     acc, bias, get_i64(args + OUT) + 4 * (t * rows + strip * LANES), 4 * rows, rows - strip * LANES
                 )
@@ -167,7 +170,16 @@ def by_pairs(
 
 @cache
 def by_fours(
-    values: int, bits: int, block: int, group: int, scaled: int, minimum: int, wide: int, started: int, tokens: int
+    values: int,
+    bits: int,
+    block: int,
+    group: int,
+    scaled: int,
+    minimum: int,
+    joined: int,
+    wide: int,
+    started: int,
+    tokens: int,
 ) -> int:
     """Kernel: packed codes x int8 inputs, for one layout and tile, summed four products at a time."""
     small = 1 if block == 16 else 0  # a chunk has two d
@@ -176,6 +188,7 @@ def by_fours(
     number, quads = (0 if wide else 1), 8 // units
     code_step, scale_step, d_step = bits * QUAD, LANES * (block // group), LANES * (4 if wide else 2)
     block_step = 2 * d_step if small else d_step
+    min_step = {0: scale_step, 4: 0, 6: scale_step // 2}[joined]
     sum_step, start_step = 4 * units, (4 * units if started else 0)
 
     @kernel
@@ -191,7 +204,7 @@ def by_fours(
                 at_d = get_i64(args + D) + strip * blocks * d_step
                 at_dmin = get_i64(args + DMIN) + strip * blocks * d_step
                 at_scale = get_i64(args + SCALE) + strip * blocks * scale_step
-                at_min = get_i64(args + MINIMUM) + strip * blocks * scale_step
+                at_min = get_i64(args + MINIMUM) + strip * blocks * min_step
                 q, a = get_i64(args + Q) + first * cols, get_i64(args + A) + first * cols // 8
                 start = get_i64(args + STARTS) + first * cols // 32 * start_step
                 sums = get_i64(args + SUMS) + first * cols // 32 * sum_step
@@ -202,7 +215,7 @@ def by_fours(
                         planes, group0 = load_codes(code, bits), c // group_chunks * units
                         scale = d
                         if scaled:
-                            scale = mul_f32(d, float_i32(load_bytes(at_scale + group0 * LANES, scaled)))
+                            scale = mul_f32(d, float_i32(load_scale(at_scale, at_min, group0, scaled, joined)))
                         acc = add_dots(
                             acc, planes, scale, table, low_table, q, 32, start, start_step, a, 4,
                             0, quads, values, started,
@@ -211,7 +224,7 @@ def by_fours(
                             if small:
                                 scale = load_number(at_d + d_step, number)
                             elif scaled:
-                                scale = mul_f32(d, float_i32(load_bytes(at_scale + (group0 + 1) * LANES, scaled)))
+                                scale = mul_f32(d, float_i32(load_scale(at_scale, at_min, group0 + 1, scaled, joined)))
                             acc = add_dots(
                                 acc, planes, scale, table, low_table, q, 32, start, start_step, a, 4,
                                 4, 4, values, started,
@@ -220,12 +233,12 @@ def by_fours(
                             for u in range(units):
                                 low = neg_f32(load_number(at_dmin + u * small * d_step, number))
                                 if minimum == 2:
-                                    low = mul_f32(low, float_i32(load_bytes(at_min + (group0 + u) * LANES, 2)))
+                                    low = mul_f32(low, float_i32(load_minimum(at_scale, at_min, group0 + u, joined)))
                                 acc = add_products(acc, low, sums + 4 * u, sum_step)
                         code, q, a = code + code_step, q + 32 * tokens, a + 4 * tokens
                         start, sums = start + start_step * tokens, sums + sum_step * tokens
                     at_d, at_dmin = at_d + block_step, at_dmin + block_step
-                    at_scale, at_min = at_scale + scale_step, at_min + scale_step
+                    at_scale, at_min = at_scale + scale_step, at_min + min_step
                 store_tile(
                     acc, bias, get_i64(args + OUT) + 4 * (t * rows + strip * LANES), 4 * rows, rows - strip * LANES
                 )

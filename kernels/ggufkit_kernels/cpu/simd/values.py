@@ -110,16 +110,54 @@ def get_number(typingctx: Any, at: Any, kind: Any) -> Any:
     return types.float32(address, kind), codegen
 
 
+def _bytes(builder: Any, at: Any, group: Any, signed: bool) -> Any:
+    """LANES bytes of a group as int32."""
+    raw = load(builder, builder.add(at, builder.mul(group, ir.Constant(I64, LANES))), ir.VectorType(I8, LANES))
+    return builder.sext(raw, VECTOR["i32"]) if signed else builder.zext(raw, VECTOR["i32"])
+
+
+def _joined(builder: Any, at: Any, high_at: Any, group: Any, bits: int, minimum: int) -> Any:
+    """Scales or minima that share bytes: see pack.py."""
+
+    def same(value: int) -> Any:
+        return const(VECTOR["i32"], value)
+
+    low = _bytes(builder, at, group, False)
+    low = builder.lshr(low, same(4)) if minimum else builder.and_(low, same(15))
+    if bits == 4:
+        return low
+    one = ir.Constant(I64, 1)
+    odd = builder.trunc(builder.and_(group, one), I32)
+    by = builder.add(builder.shl(odd, ir.Constant(I32, 2)), ir.Constant(I32, 2 * minimum))
+    high = _bytes(builder, high_at, builder.lshr(group, one), False)
+    high = builder.and_(builder.lshr(high, splat(builder, by, LANES)), same(3))
+    return builder.or_(low, builder.shl(high, same(4)))
+
+
 @intrinsic(prefer_literal=True)
-def load_bytes(typingctx: Any, at: Any, kind: Any) -> Any:
-    """LANES bytes as int32; kind (a constant): 1 signed, 2 unsigned."""
+def load_scale(typingctx: Any, at: Any, minimum_at: Any, group: Any, kind: Any, joined: Any) -> Any:
+    """LANES scales of a group as int32. Constants: kind 1 signed, 2 unsigned; joined as in `Layout`."""
+    bits, signed = joined.literal_value, kind.literal_value == 1
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        raw = load(builder, args[0], ir.VectorType(I8, LANES))
-        extend = builder.zext if kind.literal_value == 2 else builder.sext
-        return extend(raw, VECTOR["i32"])
+        if bits:
+            return _joined(builder, args[0], args[1], args[2], bits, 0)
+        return _bytes(builder, args[0], args[2], signed)
 
-    return i32(address, kind), codegen
+    return i32(address, address, types.int64, kind, joined), codegen
+
+
+@intrinsic(prefer_literal=True)
+def load_minimum(typingctx: Any, scale_at: Any, at: Any, group: Any, joined: Any) -> Any:
+    """LANES minima of a group as int32; joined (a constant) as in `Layout`."""
+    bits = joined.literal_value
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if bits:
+            return _joined(builder, args[0], args[1], args[2], bits, 1)
+        return _bytes(builder, args[1], args[2], False)
+
+    return i32(address, address, types.int64, joined), codegen
 
 
 @intrinsic(prefer_literal=True)
