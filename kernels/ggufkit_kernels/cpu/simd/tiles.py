@@ -164,11 +164,14 @@ def _fours(builder: Any, tokens: int, codes: Any, table: Any, at: Any, form: Any
     unsigned = FAMILY.dot == "u8s8"
     if table is not None and unsigned:
         table = flip(builder, table)
-    tile = [ir.Constant(VECTOR["i32"], None)] * tokens
+    # One token's sum would wait for itself at every step: two take turns
+    ways = 2 if tokens == 1 else 1
+    sums = [ir.Constant(VECTOR["i32"], None)] * (ways * tokens)
     if started:
         for t in range(tokens):
             one = offset(builder, token(builder, starts, starts_stride, t), 4 * (first // quads))
-            tile[t] = splat(builder, load(builder, one, I32), LANES)
+            sums[t] = splat(builder, load(builder, one, I32), LANES)
+    dot = dot_u8s8 if unsigned else dot_s8s8
     for q in range(first, first + quads):
         value = quad(builder, codes, bits, q)
         if table is not None:
@@ -176,9 +179,9 @@ def _fours(builder: Any, tokens: int, codes: Any, table: Any, at: Any, form: Any
         elif kind == 1 and unsigned:
             value = flip(builder, value)
         for t in range(tokens):
-            dot = dot_u8s8 if unsigned else dot_s8s8
-            tile[t] = dot(builder, tile[t], value, input_quad(builder, x, stride, t, q))
-    return tile
+            k = q % ways * tokens + t
+            sums[k] = dot(builder, sums[k], value, input_quad(builder, x, stride, t, q))
+    return sums if ways == 1 else [builder.add(*sums)]
 
 
 @intrinsic(prefer_literal=True)
