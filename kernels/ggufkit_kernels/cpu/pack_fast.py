@@ -30,6 +30,7 @@ from .memory import LARGE, Arena
 from .pack import PLAIN, SLAB_NBYTES, Layout, Packed
 from .pack_map import map_of
 from .simd import (
+    GROUP,
     LANES,
     QUAD,
     add_term,
@@ -38,7 +39,7 @@ from .simd import (
     get_i64,
     put_i64,
     read_at,
-    splat_i32,
+    splat_words,
     store_low,
     turn_halves,
     turn_words,
@@ -48,6 +49,7 @@ from .team import Team, address, lazy
 BUFFER_NBYTES = 128 << 10  # raw bytes of an item, about
 SLACK = 64  # bytes that may be read behind the last row
 PIECE_NBYTES = 16  # of a row, transposed at a time
+WORDS_NBYTES = GROUP * QUAD
 
 # The words of the args, as byte offsets: what is read, how it is cut, and the parts (base, bytes of a strip, bytes
 # of a block, bytes of an element, elements of a block).
@@ -98,28 +100,34 @@ def pack_words(args, item, worker):
     table = get_i64(args + TABLE)
     first, last = fetch(args, item, buffer)
     for strip in range(first, last):
-        for block in range(blocks):
-            raw = buffer + (strip - first) * LANES * row_nbytes + block * block_nbytes
-            for k in range(pieces):
-                turn_words(raw + get_i32(table + 4 * k), row_nbytes, turned + 4 * QUAD * k)
+        rows = buffer + (strip - first) * LANES * row_nbytes
+        for block in range(0, blocks, GROUP):
+            rest = blocks - 1 - block  # where fewer than GROUP are left, the last one is done several times
+            for k in range(GROUP):
+                raw = rows + (block + min(k, rest)) * block_nbytes
+                to = turned + QUAD * k
+                for piece in range(pieces):
+                    turn_words(raw + get_i32(table + 4 * piece), row_nbytes, to, WORDS_NBYTES)
+                    to += 4 * WORDS_NBYTES
             entry = table + 4 * pieces
             for k in range(n_parts):
                 part = args + PARTS + 40 * k
-                to = get_i64(part) + strip * get_i64(part + 8) + block * get_i64(part + 16)
+                stride = get_i64(part + 16)
+                to = get_i64(part) + strip * get_i64(part + 8) + block * stride
                 nbytes = get_i64(part + 24)
                 for _ in range(get_i64(part + 32)):
-                    word = splat_i32(get_i32(entry))
+                    word = splat_words(get_i32(entry))
                     terms = get_i32(entry + 4)
                     entry += 8
                     for _ in range(terms):
                         word = add_term(word, turned, entry)
                         entry += 16
                     if nbytes == 4:
-                        store_low(to, word, 4)
+                        store_low(to, stride, rest, word, 4)
                     elif nbytes == 2:
-                        store_low(to, word, 2)
+                        store_low(to, stride, rest, word, 2)
                     else:
-                        store_low(to, word, 1)
+                        store_low(to, stride, rest, word, 1)
                     to += nbytes * LANES
 
 
@@ -136,7 +144,7 @@ def turn_rows(args, item, worker, halves):
             if halves:
                 turn_halves(raw + at, row_nbytes, to)
             else:
-                turn_words(raw + at, row_nbytes, to)
+                turn_words(raw + at, row_nbytes, to, QUAD)
             to += LANES * PIECE_NBYTES
 
 
@@ -192,7 +200,7 @@ def _pack(tensor: Tensor, team: Team, memory: Arena) -> Packed | None:
     failed = np.zeros(1, np.int64)
     row_nbytes = tensor.row_nbytes
     per_item = max(1, min(BUFFER_NBYTES // (LANES * row_nbytes), strips // (4 * team.threads)))
-    turned = PIECE_NBYTES * LANES * pieces
+    turned = 4 * WORDS_NBYTES * pieces
     buffer = -(-(turned + per_item * LANES * row_nbytes + SLACK) // 64) * 64
     page, pages = memory.fresh_pages()
     source, descriptor, offset, keep = _source(tensor)

@@ -24,7 +24,7 @@ import numpy as np
 from ggufkit_formats.blocks import Quants, TensorType
 
 from .pack import Layout, canonical, halves, layout_of, pack_codes, scale_arrays
-from .simd import LANES, QUAD
+from .simd import GROUP, LANES, QUAD
 
 PIECE = 4  # words that are gathered at a time
 CHECKS = 2  # times 256 blocks
@@ -57,7 +57,7 @@ class BitMap:
         for constant, terms in zip(self.constants.tolist(), self.terms, strict=True):
             words += [constant, len(terms)]
             for word, left, right, mask in terms.tolist():
-                words += [QUAD * word, left, right, mask]
+                words += [GROUP * QUAD * word, left, right, mask]
         return np.array(words, np.int64).astype(np.uint32).view(np.int32)
 
     def apply(self, raw: np.ndarray) -> np.ndarray:

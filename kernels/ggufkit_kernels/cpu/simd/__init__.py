@@ -106,13 +106,25 @@ from .values import (
     store_i8,
     sum_f32,
 )
-from .words import add_term, copy_bytes, get_i32, put_i64, read_at, store_low, turn_halves, turn_words
+from .words import (
+    GROUP,
+    add_term,
+    copy_bytes,
+    get_i32,
+    put_i64,
+    read_at,
+    splat_words,
+    store_low,
+    turn_halves,
+    turn_words,
+)
 
 __all__ = [
     "BIAS",
     "FAMILIES",
     "FAMILY",
     "FEATURES",
+    "GROUP",
     "LANES",
     "QUAD",
     "SETTING",
@@ -192,6 +204,7 @@ __all__ = [
     "second_half",
     "splat_f32",
     "splat_i32",
+    "splat_words",
     "store_f32",
     "store_i8",
     "store_low",

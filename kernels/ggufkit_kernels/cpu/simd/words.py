@@ -1,4 +1,7 @@
-"""Raw words of LANES rows side by side: what packing needs, moves and bit operations alone, nothing of numbers."""
+"""Raw words of LANES rows side by side: what packing needs, moves and bit operations alone, nothing of numbers.
+
+words    GROUP times LANES int32: the same word of GROUP blocks of LANES rows
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,11 @@ from numba.core import cgutils, types
 
 from .build import I8, I16, I32, I64, VECTOR, load, offset, pick, splat, store
 from .target import LANES, QUAD
-from .values import address, i32, intrinsic
+from .values import Vector, address, intrinsic
+
+GROUP = 4  # blocks side by side: what a table says is read once for all of them
+VECTOR["words"] = ir.VectorType(I32, GROUP * LANES)
+words = Vector("words")
 
 
 def _two(builder: Any, a: Any, b: Any, index: list[int]) -> Any:
@@ -45,15 +52,17 @@ def _turned(builder: Any, at: Any, stride: Any) -> list[Any]:
 
 
 @intrinsic
-def turn_words(typingctx: Any, at: Any, stride: Any, to: Any) -> Any:
-    """Four words of each of LANES rows, `stride` bytes apart -> four vectors of LANES words at `to`."""
+def turn_words(typingctx: Any, at: Any, stride: Any, to: Any, step: Any) -> Any:
+    """Four words of each of LANES rows, `stride` bytes apart -> four vectors of LANES words, `step` bytes apart."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        for k, words in enumerate(_turned(builder, args[0], args[1])):
-            store(builder, offset(builder, args[2], k * QUAD), words)
+        to = args[2]
+        for column in _turned(builder, args[0], args[1]):
+            store(builder, to, column)
+            to = builder.add(to, args[3])
         return context.get_dummy_value()
 
-    return types.void(address, types.int64, address), codegen
+    return types.void(address, types.int64, address, types.int64), codegen
 
 
 @intrinsic
@@ -71,33 +80,48 @@ def turn_halves(typingctx: Any, at: Any, stride: Any, to: Any) -> Any:
 
 
 @intrinsic
-def add_term(typingctx: Any, word: Any, words: Any, term: Any) -> Any:
-    """word ^ (w << left >> right & mask), w being LANES words.
+def splat_words(typingctx: Any, x: Any) -> Any:
+    """One word everywhere."""
 
-    At `term` four int32: the byte that w begins at from `words` on, left, right (below 32), mask.
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return splat(builder, builder.trunc(args[0], I32), GROUP * LANES)
+
+    return words(types.int64), codegen
+
+
+@intrinsic
+def add_term(typingctx: Any, word: Any, gathered: Any, term: Any) -> Any:
+    """word ^ (w << left >> right & mask).
+
+    At `term` four int32: the byte that w begins at from `gathered` on, left, right (below 32), mask.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        at, left, right, mask = (load(builder, offset(builder, args[2], 4 * k), I32) for k in range(4))
-        found = load(builder, builder.add(args[1], builder.zext(at, I64)), VECTOR["i32"])
-        found = builder.shl(found, splat(builder, left, LANES))
-        found = builder.lshr(found, splat(builder, right, LANES))
-        return builder.xor(args[0], builder.and_(found, splat(builder, mask, LANES)))
+        at, *parts = (load(builder, offset(builder, args[2], 4 * k), I32) for k in range(4))
+        left, right, mask = (splat(builder, part, GROUP * LANES) for part in parts)
+        found = load(builder, builder.add(args[1], builder.zext(at, I64)), VECTOR["words"])
+        found = builder.lshr(builder.shl(found, left), right)
+        return builder.xor(args[0], builder.and_(found, mask))
 
-    return i32(i32, address, address), codegen
+    return words(words, address, address), codegen
 
 
 @intrinsic(prefer_literal=True)
-def store_low(typingctx: Any, at: Any, words: Any, nbytes: Any) -> Any:
-    """The low `nbytes` bytes (a constant: 1, 2 or 4) of each of LANES words."""
+def store_low(typingctx: Any, at: Any, stride: Any, last: Any, word: Any, nbytes: Any) -> Any:
+    """The low `nbytes` bytes (a constant: 1, 2 or 4) of each word: block k to at + min(k, last) * stride."""
     element = {1: I8, 2: I16, 4: I32}[nbytes.literal_value]
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value = args[1] if element is I32 else builder.trunc(args[1], ir.VectorType(element, LANES))
-        store(builder, args[0], value)
+        at, stride, last, word, _ = args
+        for k in reversed(range(GROUP)):
+            block = pick(builder, word, list(range(k * LANES, (k + 1) * LANES)))
+            if element is not I32:
+                block = builder.trunc(block, ir.VectorType(element, LANES))
+            least = builder.select(builder.icmp_signed("<", I64(k), last), I64(k), last)
+            store(builder, builder.add(at, builder.mul(stride, least)), block)
         return context.get_dummy_value()
 
-    return types.void(address, i32, nbytes), codegen
+    return types.void(address, types.int64, types.int64, words, nbytes), codegen
 
 
 @intrinsic
