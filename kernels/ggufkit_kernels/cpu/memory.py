@@ -9,6 +9,7 @@ given back when the last of its arrays is gone. A part of a segment that no arra
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import threading
 from typing import Any
@@ -31,7 +32,7 @@ class Arena:
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """A zeroed array that begins at a multiple of 64 bytes."""
-        nbytes = int(np.prod(shape)) * dtype.itemsize
+        nbytes = math.prod(shape) * dtype.itemsize
         with self._lock:
             if self._at + nbytes > len(self._segment):
                 self._segment = _segment(max(SEGMENT, nbytes))

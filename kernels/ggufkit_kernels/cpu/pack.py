@@ -24,6 +24,7 @@ multiples of 16. What has not (or no quants at all) is held as float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -119,7 +120,7 @@ Allocate = Callable[[tuple[int, ...], np.dtype], np.ndarray]  # zeros, at a mult
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """A zeroed array that begins at a multiple of 64 bytes."""
-    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.zeros(nbytes + 64, np.uint8)
     skip = -raw.ctypes.data % 64
     return raw[skip : skip + nbytes].view(dtype).reshape(shape)
