@@ -6,12 +6,10 @@ python simd_assembly.py    JSON on stdout: the family, and the assembly by name
 from __future__ import annotations
 
 import json
-from typing import Any
 
-from ggufkit_kernels.cpu import inputs, matmul, plain_matmul, quant_matmul
+from ggufkit_kernels.cpu import matmul
 from ggufkit_kernels.cpu.pack import Layout
 from ggufkit_kernels.cpu.simd import FAMILY
-from ggufkit_kernels.cpu.team import SIGNATURE
 
 LAYOUTS = {
     "Q4_0": Layout("codes", 4, 32, 32, 8),
@@ -21,14 +19,10 @@ LAYOUTS = {
 
 
 def assembly(layout: Layout, tokens: int) -> str:
-    function: Any = matmul.matmul_kernel(layout, tokens)
-    function.compile(SIGNATURE)
-    return function.inspect_asm(function.signatures[0])
+    return matmul.matmul_kernel(layout, tokens).assembly()
 
 
 if __name__ == "__main__":
-    for module in (quant_matmul, plain_matmul, inputs):
-        vars(module)["address_of"] = lambda function: function  # the kernel itself, not where its code lies
     found = {name: assembly(LAYOUTS[name], matmul.TOKENS) for name in ("Q4_0", "Q6_K")}
     found["Q4_K, 1"] = assembly(LAYOUTS["Q4_K"], 1)
     print(json.dumps({"family": FAMILY.name, "assembly": found}))

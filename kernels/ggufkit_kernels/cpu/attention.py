@@ -18,11 +18,11 @@ operations in the same order: bit for bit the same.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
 
 import numpy as np
 
-from .jit import kernel
+from .jit import family, kernel, lazy
 from .simd import (
     LANES,
     add_f32,
@@ -44,7 +44,6 @@ from .simd import (
     sum_f32,
     zeros_f32,
 )
-from .team import address_of, lazy
 
 ATTEND_WORDS = [
     "q",
@@ -204,12 +203,11 @@ def gather(args, head, first, count, query, queries):
             put_f32(query + 4 * (j * dim + i), get_f32(x + 4 * i) * scale)
 
 
-@cache
-def attend(queries: int) -> int:
+@family
+def attend(queries: int) -> Callable:
     """Kernel: attention of a batch; an item is one key head and some tiles of `queries` of its queries."""
     vectors = 2 * queries
 
-    @kernel
     def attend(args, item, worker):
         n, n_heads, kv_heads = get_i64(args + N), get_i64(args + N_HEADS), get_i64(args + N_KV_HEADS)
         dim, padded, start = get_i64(args + HEAD_DIM), get_i64(args + PADDED_DIM), get_i64(args + START)
@@ -229,15 +227,14 @@ def attend(queries: int) -> int:
                 merge(result, more, queries, padded)
             finish(args, head, first, count, result, queries)
 
-    return address_of(attend)
+    return attend
 
 
-@cache
-def attend_split(queries: int) -> int:
+@family
+def attend_split(queries: int) -> Callable:
     """Kernel: attention of one token; an item is one key head and one split, for all tiles of its queries."""
     vectors = 2 * queries
 
-    @kernel
     def attend_split(args, item, worker):
         kv_heads, padded, zero = get_i64(args + N_KV_HEADS), get_i64(args + PADDED_DIM), zeros_f32(vectors)
         group, tiles = get_i64(args + N_HEADS) // kv_heads, get_i64(args + QUERY_ITEMS)
@@ -253,14 +250,13 @@ def attend_split(queries: int) -> int:
                 gather(args, head, first, count, query, queries)
                 one_split(zero, queries, args, head, first, count, split * SPLIT, scores, query, part)
 
-    return address_of(attend_split)
+    return attend_split
 
 
-@cache
-def join(queries: int) -> int:
+@family
+def join(queries: int) -> Callable:
     """Kernel: join the parts of one token's splits; an item is some key heads with all tiles."""
 
-    @kernel
     def join(args, item, worker):
         kv_heads, padded, tiles = get_i64(args + N_KV_HEADS), get_i64(args + PADDED_DIM), get_i64(args + QUERY_ITEMS)
         group, per_item = get_i64(args + N_HEADS) // kv_heads, get_i64(args + TOKENS_PER_ITEM)
@@ -273,7 +269,7 @@ def join(queries: int) -> int:
                 first = tile * queries
                 finish(args, head, first, min(queries, group - first), part, queries)
 
-    return address_of(join)
+    return join
 
 
 def part_nbytes(queries: int, padded_dim: int) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .jit import kernel
+from .jit import kernel, lazy
 from .simd import (
     LANES,
     QUAD,
@@ -29,7 +29,6 @@ from .simd import (
     store_f32,
     sum_f32,
 )
-from .team import lazy
 from .words import CODES, DMIN, MINIMUM, SCALE, STRIP_NBYTES, WEIGHT_WORDS, D
 
 

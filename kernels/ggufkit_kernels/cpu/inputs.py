@@ -8,9 +8,9 @@ power of two apart would fight for the same cache lines (F32, 8 KB apart: 35 GOP
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
 
-from .jit import kernel
+from .jit import family, lazy
 from .simd import (
     LANES,
     abs_f32,
@@ -29,14 +29,13 @@ from .simd import (
     store_sums,
     sum_f32,
 )
-from .team import address_of, lazy
 from .words import COLS, FACTOR, OFFSET, PREP_TILES, STARTS, SUMS, A, N, Q, X
 
 PLAIN_TOKENS = 8  # a tile of float32 inputs
 
 
-@cache
-def quantize_inputs(span: int, unit: int, tile: int) -> int:
+@family
+def quantize_inputs(span: int, unit: int, tile: int) -> Callable:
     """Kernel: x float32 (n, cols) -> int8 inputs, scales, and the sums that a layout needs: starts per `span` inputs
     for layouts with an offset, sums per `unit` inputs for those with a minimum (0: none).
 
@@ -46,7 +45,6 @@ def quantize_inputs(span: int, unit: int, tile: int) -> int:
     """
     n_starts, n_sums = (32 // span if span else 0), (32 // unit if unit else 0)
 
-    @kernel
     def quantize_inputs(args, item, worker):
         cols, n = get_i64(args + COLS), get_i64(args + N)
         offset, factor = get_i64(args + OFFSET), get_f32(args + FACTOR)
@@ -77,7 +75,7 @@ def quantize_inputs(span: int, unit: int, tile: int) -> int:
                     x += 128
                     at += tile
 
-    return address_of(quantize_inputs)
+    return quantize_inputs
 
 
 @lazy

@@ -1,186 +1,172 @@
-"""The decorators that every CPU kernel is compiled with, and the folder that keeps what they compiled.
+"""The decorators of CPU kernels. What they make is light: Numba is imported when something has to be compiled.
 
-Numba caches each function beside a stamp of its own source file only: edit a function that is called from
-another file, and the cached caller still answers as before. So the folder's name carries a digest of everything
-that the machine code depends on: all kernel sources, the versions, the processor, NUMBA_* settings and GGUFKIT_SIMD.
+    @lazy       a kernel of three int64, (args, item, worker): `.address` is where its machine code is
+    @family     a function of integers that makes such a kernel: called with the integers, it gives the address
+    @kernel     a function that kernels call, or that Python calls with arrays; `@kernel(inline="always")` adds
+                options of numba.njit
 
-    @kernel                      one thread, no GIL, NumPy's division, no fast-math, no FMA contraction
-    @kernel(inline="always")     the same with further options of numba.njit
-    @parallel                    with prange
+All: one thread, no GIL, NumPy's division, no fast-math, no FMA contraction.
 
-`$GGUFKIT_CACHE_DIR` moves the cache; an unwritable one falls back to a private folder under the temporary
-folder, and that one to no cache. `set_notice` takes the one line that is said while kernels compile.
+Kernels of the first two kinds are machine code in files of their own (store.py), which link.py brings into memory in a
+millisecond each, so a process that finds all of them never imports Numba; compiler.py makes them otherwise. What Python
+calls with arrays is kept by Numba's own disk cache, in the same folder, since Numba looks at a function's own source
+file only: edit a function that is called from another file, and the cached caller still answers as before.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
-import shutil
 import sys
-import tempfile
 import threading
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any
 
-import llvmlite
-import llvmlite.binding
-import numba
-import numba.core.config
-import numba.core.event
-import platformdirs
-from numba import prange
+from . import link, store
 
-__all__ = ["CACHE_DIR", "compiled", "kernel", "parallel", "prange", "set_notice"]
-
-KEEP = 6  # digest folders that stay; others go once they were unused for an hour
-UNUSED_SECONDS = 3600
-# Settings that change where or how Numba runs, but not the machine code.
-IRRELEVANT = {"NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER", "NUMBA_DEBUG_CACHE"}
+__all__ = ["Entry", "Later", "compiled", "family", "kernel", "lazy", "set_notice"]
 
 
-def digest() -> str:
-    """16 hex digits over all that the machine code of the kernels depends on."""
-    state = hashlib.sha256()
+class Later:
+    """A name in a kernel's source that means something to Numba only: looked up when a kernel is compiled."""
 
-    def add(*parts: str | bytes) -> None:
-        for part in parts:
-            data = part.encode() if isinstance(part, str) else part
-            state.update(len(data).to_bytes(8, "little") + data)
+    def __init__(self, find: Callable[[], Any]):
+        self._find = find
 
-    here = Path(__file__).parent
-    for path in sorted(here.rglob("*.py")):
-        add(str(path.relative_to(here)), path.read_bytes())
-    add(numba.__version__, llvmlite.__version__, sys.version, llvmlite.binding.get_host_cpu_name())
-    try:
-        add(llvmlite.binding.get_host_cpu_features().flatten())
-    except RuntimeError:  # a platform where LLVM cannot ask
-        add("unknown features")
-    for key in sorted(os.environ):
-        if key == "GGUFKIT_SIMD" or (key.startswith("NUMBA_") and key not in IRRELEVANT):
-            add(key, os.environ[key])
-    return state.hexdigest()[:16]
+    @cached_property
+    def found(self) -> Any:
+        return self._find()
 
 
-def cache_root() -> Path:
-    """The folder that holds one folder a digest."""
-    own = os.environ.get("GGUFKIT_CACHE_DIR")
-    return Path(own).expanduser() if own else Path(platformdirs.user_cache_dir("ggufkit", appauthor=False))
+class Kernel(Later):
+    """A function that kernels call. Python may call it with arrays: Numba compiles it for their types."""
 
+    def __init__(self, function: Callable, options: dict[str, Any]):
+        super().__init__(self._for_kernels)
+        self.function, self.options = function, options
+        self.__doc__, self.__name__ = function.__doc__, function.__name__
 
-def usable(folder: Path) -> bool:
-    """Whether the folder could be made and takes a file."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        os.utime(folder)  # "used just now", for prune()
-    except OSError:
-        return False
-    return True
+    def _for_kernels(self) -> Any:
+        from . import compiler
 
+        return compiler.helper(self.function, self.options)
 
-def private_temporary() -> Path | None:
-    """A folder under the temporary one that nobody else can write to: cached code is run as it is found."""
-    uid = os.getuid() if hasattr(os, "getuid") else 0
-    folder = Path(tempfile.gettempdir()) / f"ggufkit-{uid}"
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        status = folder.lstat()
-    except OSError:
-        return None
-    mine = not hasattr(os, "getuid") or (status.st_uid == uid and not status.st_mode & 0o077)
-    return folder if mine and folder.is_dir() and not folder.is_symlink() else None
+    @cached_property
+    def dispatcher(self) -> Any:
+        """Numba's, for calls from Python."""
+        from . import compiler
 
+        return compiler.dispatcher(self.function, self.options)
 
-def prune(root: Path, keep: Path) -> None:
-    """Remove digest folders that were not used lately, except the newest few and `keep`."""
-    found = []
-    for path in root.glob("numba-*"):
-        try:
-            found.append((path.stat().st_mtime, path))
-        except OSError:
-            continue
-    for used, path in sorted(found, reverse=True)[KEEP:]:
-        if path != keep and used < time.time() - UNUSED_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def cache_folder() -> Path | None:
-    """This digest's folder, made and writable, or None where nothing can be written."""
-    name = f"numba-{digest()}"
-    for root in (cache_root(), private_temporary()):
-        if root is not None and usable(root / name):
-            prune(root, root / name)
-            return root / name
-    return None
-
-
-CACHE_DIR = cache_folder()
-_lock = threading.Lock()
-
-
-def _compile(function: Callable, options: dict[str, Any]) -> Any:
-    # Numba reads its setting when the function is decorated. Setting it for that moment only leaves the
-    # kernels of others in this process where they are.
-    config: Any = numba.core.config
-    with _lock:
-        before = config.CACHE_DIR
-        try:
-            config.CACHE_DIR = str(CACHE_DIR or "")
-            return _forgiving(numba.njit(**options)(function))
-        finally:
-            config.CACHE_DIR = before
-
-
-def _forgiving(dispatcher: Any) -> Any:
-    """A damaged cache file counts as none, and a full disk costs the cache, not the run."""
-    cache = getattr(dispatcher, "_cache", None)  # Numba's own: FunctionCache
-    load, save = getattr(cache, "load_overload", None), getattr(cache, "save_overload", None)
-    if cache is None or load is None or save is None:
-        return dispatcher
-
-    def load_or_miss(*args: Any) -> Any:
-        try:
-            return load(*args)
-        except Exception:  # whatever unpickling of broken bytes may raise
-            return None
-
-    def save_or_not(*args: Any) -> None:
-        try:
-            save(*args)
-        except OSError:
-            pass
-        except Exception:  # a damaged index: begin a new one
-            with contextlib.suppress(Exception):
-                dispatcher._cache.flush()
-                save(*args)
-
-    cache.load_overload, cache.save_overload = load_or_miss, save_or_not
-    return dispatcher
-
-
-def _decorate(function: Callable | None, options: dict[str, Any]) -> Any:
-    settings = {"cache": CACHE_DIR is not None, "nogil": True, "error_model": "numpy", **options}
-    if function is None:
-        return lambda inner: _compile(inner, settings)
-    return _compile(function, settings)
+    def __call__(self, *args: Any) -> Any:
+        return self.dispatcher(*args)
 
 
 def kernel(function: Callable | None = None, **options: Any) -> Any:
-    """Compile for one thread: `@kernel` or `@kernel(option=…)`."""
-    return _decorate(function, options)
+    """Decorator: a function that kernels call, or that Python calls with arrays."""
+    return partial(Kernel, options=options) if function is None else Kernel(function, options)
 
 
-def parallel(function: Callable | None = None, **options: Any) -> Any:
-    """Compile with prange over Numba's threads: `@parallel` or `@parallel(option=…)`."""
-    return _decorate(function, {"parallel": True, **options})
+# -- kernels that are called by address --------------------------------------------------------------------
 
 
-# -- the notice --------------------------------------------------------------------------------
+class Entry:
+    """A kernel void (int64, int64, int64): in memory, else on disk, else compiled now. `name` is that of its file."""
+
+    def __init__(self, name: str, make: Callable[[], Callable]):
+        self.name, self._make = name, make
+        self._address = 0
+        self._lock = threading.Lock()
+        _entries.append(self)
+
+    @property
+    def address(self) -> int:
+        """Where the machine code is."""
+        return self._address or self._ready()
+
+    @cached_property
+    def function(self) -> Callable[[int, int, int], None]:
+        """The kernel as a Python function, which runs without the GIL."""
+        return link.function(self.address)
+
+    @property
+    def here(self) -> bool:
+        """Whether the kernel was compiled, here or elsewhere (its file may turn out to be damaged)."""
+        return self._address != 0 or store.holds(self.name)
+
+    def assembly(self) -> str:
+        """Its assembly, compiled for that."""
+        from . import compiler
+
+        return compiler.assembly(self._make())
+
+    def _ready(self) -> int:
+        with self._lock:
+            if not self._address:
+                code = store.read(self.name)
+                if code is None:
+                    with store.claim(self.name):
+                        code = store.read(self.name) or self.compile()
+                self._address = link.link(code)
+            return self._address
+
+    def compile(self) -> bytes:
+        """Compile it, and keep the object code."""
+        from . import compiler
+
+        compiling()
+        code = compiler.object_code(self._make())
+        store.write(self.name, code)
+        return code
+
+
+_entries: list[Entry] = []
+
+
+def _after_fork() -> None:
+    """A lock that another thread of the parent held is nobody's in a child."""
+    for entry in _entries:
+        entry._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def lazy(function: Callable) -> Entry:
+    """Decorator: a kernel (args, item, worker)."""
+    return Entry(_name(function), lambda: function)
+
+
+class Family:
+    """Kernels that a function makes, one for each choice of its integers. Called with them, it gives the address."""
+
+    def __init__(self, make: Callable[..., Callable]):
+        self._make, self._entries = make, {}
+        self.__doc__, self.__name__ = make.__doc__, make.__name__
+
+    def entry(self, *settings: int) -> Entry:
+        """The kernel for these integers."""
+        found = self._entries.get(settings)
+        if found is None:
+            name = "-".join([_name(self._make), *map(str, settings)])
+            found = self._entries.setdefault(settings, Entry(name, partial(self._make, *settings)))
+        return found
+
+    def __call__(self, *settings: int) -> int:
+        return self.entry(*settings).address
+
+
+def family(make: Callable[..., Callable]) -> Family:
+    """Decorator: a function of integers that makes a kernel (args, item, worker)."""
+    return Family(make)
+
+
+def _name(function: Callable) -> str:
+    return f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+
+
+# -- the notice --------------------------------------------------------------------------------------------
 
 
 def _to_stderr(line: str) -> None:
@@ -192,7 +178,7 @@ _compiled = 0
 
 
 def compiled() -> int:
-    """How many kernels had to be compiled in this process, because the disk cache had them not."""
+    """How many kernels had to be compiled in this process, because there was no file of them."""
     return _compiled
 
 
@@ -202,24 +188,12 @@ def set_notice(say: Callable[[str], None] | None) -> None:
     _notice = say
 
 
-class _Listener(numba.core.event.Listener):
-    """Hears of each compilation that the disk cache could not answer."""
-
-    def on_start(self, event: numba.core.event.Event) -> None:
-        global _notice, _compiled
-        dispatcher = event.data.get("dispatcher") if isinstance(event.data, dict) else None
-        module = getattr(getattr(dispatcher, "py_func", None), "__module__", "") or ""
-        if not module.startswith("ggufkit_kernels."):
-            return
-        _compiled += 1
-        if _notice is None:
-            return
-        say, _notice = _notice, None
-        how = "once" if CACHE_DIR else "and there is no writable folder to keep them in"
-        say(f"compiling kernels for this processor, {how} …")
-
-    def on_end(self, event: numba.core.event.Event) -> None:
-        pass
-
-
-numba.core.event.register("numba:compile", _Listener())
+def compiling() -> None:
+    """A kernel is about to be compiled: count it, and tell whom `set_notice` named."""
+    global _notice, _compiled
+    _compiled += 1
+    if _notice is None:
+        return
+    say, _notice = _notice, None
+    how = "once" if store.CACHE_DIR else "and there is no writable folder to keep them in"
+    say(f"compiling kernels for this processor, {how} …")

@@ -1,13 +1,14 @@
 """Matrix times inputs, on packed weights: which kernels a layout takes, for how many tokens.
 
 `quant_matmul.py` and `plain_matmul.py` hold the kernels, `inputs.py` what is made of the inputs before, `words.py`
-how kernels are told. A factory is asked with a layout's integers and compiles one kernel for them. `ops.py` checks
-every size before.
+how kernels are told. A family is asked with a layout's integers for the kernel that is compiled for them.
+`ops.py` checks every size before.
 """
 
 from __future__ import annotations
 
 from .inputs import PLAIN_TOKENS, interleave_inputs, quantize_inputs
+from .jit import Entry
 from .pack import Layout
 from .plain_matmul import plain_matmul
 from .quant_matmul import by_fours, by_pairs
@@ -21,20 +22,20 @@ NUMBERS = {"f32": 0, "f16": 1, "bf16": 2}
 SCALES = {"": 0, "i1": 1, "u1": 2}
 
 
-def prep_kernel(layout: Layout, tokens: int) -> tuple[int, int, int]:
+def prep_kernel(layout: Layout, tokens: int) -> tuple[Entry, int, int]:
     """The kernel that quantizes inputs for a layout and a tile, and its span and unit (0: no starts, no sums)."""
     span = layout.start_span if layout.too_much else 0
     unit = layout.unit if layout.minimum else 0
-    return quantize_inputs(span, unit, tokens), span, unit
+    return quantize_inputs.entry(span, unit, tokens), span, unit
 
 
-def matmul_kernel(layout: Layout, tokens: int) -> int:
+def matmul_kernel(layout: Layout, tokens: int) -> Entry:
     """The kernel of a layout for tiles of `tokens` tokens: 1, or TOKENS (PLAIN_TOKENS for plain numbers)."""
     if layout.is_plain:
-        return plain_matmul(NUMBERS[layout.values], tokens)
+        return plain_matmul.entry(NUMBERS[layout.values], tokens)
     form = (VALUES[layout.values], layout.bits, layout.block, layout.group, SCALES[layout.scale], layout.minimum)
     form += (layout.joined,)
     wide, started = int(layout.wide), int(layout.too_much != 0)
     if FAMILY.dot == "pairs":
-        return by_pairs(*form, wide, layout.span // 4, started, tokens)
-    return by_fours(*form, wide, started, tokens)
+        return by_pairs.entry(*form, wide, layout.span // 4, started, tokens)
+    return by_fours.entry(*form, wide, started, tokens)

@@ -54,7 +54,7 @@ class Plan:
         strip_items = len(self.bounds) - 1
         tiles = -(-n // tile)
         prep_tiles = max(1, 8192 // (cols * tile))
-        self.kernel = (matmul_kernel(layout, tile), strip_items * token_items)
+        self.kernel = (matmul_kernel(layout, tile).address, strip_items * token_items)
         # What is made of the inputs first, and what it depends on beside the inputs themselves
         self.prep: tuple[int, int] | None = None
         # int8 inputs, their scales, starts and sums, each at a multiple of 64 bytes of the scratch
@@ -64,7 +64,7 @@ class Plan:
             self.prep, sizes = (interleave_inputs.address, tiles), [values * 4, 0, 0, 0]
         elif not plain:
             prep, span, unit = prep_kernel(layout, tile)
-            self.prep = (prep, -(-tiles // prep_tiles))
+            self.prep = (prep.address, -(-tiles // prep_tiles))
             sizes = [values, values // 8, values // span * 4 if span else 0, values // unit * 4 if unit else 0]
         self.sections = []
         self.scratch_nbytes = 0

@@ -25,7 +25,7 @@ import numpy as np
 from ggufkit_formats.tensor import Tensor
 
 from . import pack as numpy_pack
-from .jit import kernel
+from .jit import kernel, lazy
 from .memory import LARGE, Arena
 from .pack import PLAIN, SLAB_NBYTES, Layout, Packed
 from .pack_map import map_of
@@ -44,7 +44,7 @@ from .simd import (
     turn_halves,
     turn_words,
 )
-from .team import Team, address, lazy
+from .team import Team, address
 
 BUFFER_NBYTES = 128 << 10  # raw bytes of an item, about
 SLACK = 64  # bytes that may be read behind the last row

@@ -6,9 +6,9 @@ since one sum alone would wait for itself; many tokens take interleaved inputs (
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
 
-from .jit import kernel
+from .jit import family
 from .simd import (
     LANES,
     add_columns,
@@ -19,17 +19,15 @@ from .simd import (
     sum_tile,
     zeros_f32,
 )
-from .team import address_of
 from .words import CODES, COLS, OUT, ROWS, N, Q, X, bias_of, part_of
 
 
-@cache
-def plain_matmul(number: int, tokens: int) -> int:
+@family
+def plain_matmul(number: int, tokens: int) -> Callable:
     """Kernel: float32 (0), float16 (1) or bfloat16 (2) weights x float32 inputs, summed in float32."""
     step = LANES * (4 if number == 0 else 2)
     single = 4 if tokens == 1 else tokens
 
-    @kernel
     def plain(args, item, worker):
         strip0, strip1, token0, token1 = part_of(args, item)
         n, rows, cols = get_i64(args + N), get_i64(args + ROWS), get_i64(args + COLS)
@@ -53,4 +51,4 @@ def plain_matmul(number: int, tokens: int) -> int:
                         w, x = w + step, x + 4 * tokens
                     store_tile(acc, bias, out, 4 * rows, rows - strip * LANES)
 
-    return address_of(plain)
+    return plain

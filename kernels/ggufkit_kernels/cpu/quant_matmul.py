@@ -13,9 +13,9 @@ Two ways, by what the processor has (`FAMILY.dot`):
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
 
-from .jit import kernel
+from .jit import family
 from .simd import (
     LANES,
     QUAD,
@@ -38,7 +38,6 @@ from .simd import (
     zeros_f32,
     zeros_i32,
 )
-from .team import address_of
 from .words import (
     BLOCKS,
     CODES,
@@ -61,7 +60,7 @@ from .words import (
 )
 
 
-@cache
+@family
 def by_pairs(
     values: int,
     bits: int,
@@ -74,7 +73,7 @@ def by_pairs(
     span: int,
     started: int,
     tokens: int,
-) -> int:
+) -> Callable:
     """Kernel: packed codes x int8 inputs, for one layout (see `Layout`; `span` in quads) and tile, in int16 pairs."""
     small = 1 if block == 16 else 0  # a chunk has two d
     halves = 1 if group == 16 else 0  # a chunk has two scales and two sums
@@ -85,7 +84,6 @@ def by_pairs(
     min_step = {0: scale_step, 4: 0, 6: scale_step // 2}[joined]
     sum_step, start_step = (8 if halves else 4), (4 * (8 // span) if started else 0)
 
-    @kernel
     def packed(args, item, worker):
         strip0, strip1, token0, token1 = part_of(args, item)
         n, rows, cols, blocks = get_i64(args + N), get_i64(args + ROWS), get_i64(args + COLS), get_i64(args + BLOCKS)
@@ -165,10 +163,10 @@ def by_pairs(
                     acc, bias, get_i64(args + OUT) + 4 * (t * rows + strip * LANES), 4 * rows, rows - strip * LANES
                 )
 
-    return address_of(packed)
+    return packed
 
 
-@cache
+@family
 def by_fours(
     values: int,
     bits: int,
@@ -180,7 +178,7 @@ def by_fours(
     wide: int,
     started: int,
     tokens: int,
-) -> int:
+) -> Callable:
     """Kernel: packed codes x int8 inputs, for one layout and tile, summed four products at a time."""
     small = 1 if block == 16 else 0  # a chunk has two d
     units = 2 if group == 16 else 1  # a chunk has two scales, two starts and two sums
@@ -191,7 +189,6 @@ def by_fours(
     min_step = {0: scale_step, 4: 0, 6: scale_step // 2}[joined]
     sum_step, start_step = 4 * units, (4 * units if started else 0)
 
-    @kernel
     def packed(args, item, worker):
         strip0, strip1, token0, token1 = part_of(args, item)
         n, rows, cols, blocks = get_i64(args + N), get_i64(args + ROWS), get_i64(args + COLS), get_i64(args + BLOCKS)
@@ -243,4 +240,4 @@ def by_fours(
                     acc, bias, get_i64(args + OUT) + 4 * (t * rows + strip * LANES), 4 * rows, rows - strip * LANES
                 )
 
-    return address_of(packed)
+    return packed

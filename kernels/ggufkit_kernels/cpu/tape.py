@@ -25,7 +25,7 @@ from ggufkit_formats.errors import UsageError
 from . import attention
 from .ops import Arrays, AttendCall, CpuCache, CpuOps, CpuWeight, Plan
 from .pack import aligned
-from .team import address, address_of, program_words, several
+from .team import address, program_words, several
 
 
 @dataclass
@@ -169,7 +169,6 @@ class Tape:
 
     def _lay_out(self, steps: list[Step]) -> None:
         """Write the program: head, then a group of words for each kernel and for each phase of several."""
-        several_at = address_of(several)
         phases: dict[int, list[Step]] = {}
         for step in steps:
             phases.setdefault(step.level, []).append(step)
@@ -203,7 +202,7 @@ class Tape:
                 words += [step.function, base + 8 * place[id(step)], first]
                 first += step.items
             groups.append(words)
-            program += [several_at, offset, items]
+            program += [several.address, offset, items]
             offset += len(words)
         flat = [len(heads), *program]
         for group in groups:

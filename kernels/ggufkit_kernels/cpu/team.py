@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from .jit import kernel
+from .jit import kernel, lazy
 from .simd import add_atomic, call, get_i64, give_way, load_acquire, pause, store_release, swap_if
 
 # The mailbox: int64 words, those that different threads write 64 bytes apart. At byte 0 the ticket (counter of
@@ -35,7 +35,6 @@ from .simd import add_atomic, call, get_i64, give_way, load_acquire, pause, stor
 MAIL_WORDS = 32
 LOW = 0xFFFFFFFF  # as the next item: closed, nothing to take
 SPINS = 20_000  # rounds without work, ~40 ns each, before a worker sleeps
-SIGNATURE = "void(int64, int64, int64)"
 
 
 @kernel
@@ -46,7 +45,7 @@ def wait(rounds):
         give_way()
 
 
-@kernel
+@lazy
 def serve(mail, worker, spins):
     """A worker's loop: take items while there are any; return after `spins` rounds without one."""
     idle = 0
@@ -64,7 +63,7 @@ def serve(mail, worker, spins):
         wait(idle)
 
 
-@kernel
+@lazy
 def run_program(mail, program, alone):
     """Run a program's kernels. Words: how many, then (function, words to its args, items) of each."""
     for step in range(get_i64(program)):
@@ -97,7 +96,7 @@ def run_program(mail, program, alone):
         store_release(mail, opened | 0xFFFFFFFF)
 
 
-@kernel
+@lazy
 def several(args, item, worker):
     """The items of several kernels as if they were one's. Words: how many, then (function, args, first item) each."""
     k, last = 0, get_i64(args) - 1
@@ -105,33 +104,6 @@ def several(args, item, worker):
         k += 1
     at = args + 8 + 24 * k
     call(get_i64(at), get_i64(at + 8), item - get_i64(at + 16), worker)
-
-
-def address_of(function: Any) -> int:
-    """The address of a jitted kernel (args, item, worker), compiled or loaded from the cache now."""
-    if not function.signatures:
-        function.compile(SIGNATURE)
-    result = next(iter(function.overloads.values()))
-    return result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
-
-
-class Lazy:
-    """A kernel that is compiled when its address is first asked for."""
-
-    def __init__(self, function: Any):
-        self.function = function
-        self._address = 0
-
-    @property
-    def address(self) -> int:
-        if not self._address:
-            self._address = address_of(self.function)
-        return self._address
-
-
-def lazy(function: Callable) -> Lazy:
-    """Decorator: a kernel (args, item, worker) for `Team.run`."""
-    return Lazy(kernel(function))
 
 
 def address(x: Any) -> int:
@@ -200,7 +172,7 @@ class Team:
                 self._start()
             while self._asleep:
                 self._asleep.pop().release()
-        run_program(self._mail, program_at, alone)
+        run_program.function(self._mail, program_at, alone)
 
     def _reserve(self, words: int) -> None:
         self._program = np.zeros(2 * words, np.int64)
@@ -223,7 +195,7 @@ class Team:
     def _work(self, worker: int) -> None:
         awake = threading.Semaphore(0)
         while True:
-            serve(self._mail, worker, SPINS)
+            serve.function(self._mail, worker, SPINS)
             self._asleep.append(awake)  # a program that starts just now does without us
             awake.acquire()
 

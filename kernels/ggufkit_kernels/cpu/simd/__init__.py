@@ -20,104 +20,110 @@ pack.py lays them out. Memory is addressed by int64 addresses; the callers check
     atomics.py    atomic words, a pause, a call through an address: what a team of threads needs
 """
 
-from .atomics import add_atomic, call, give_way, load_acquire, pause, store_release, swap_if
-from .blocks import (
-    all_of,
-    any_of,
-    as_bytes,
-    as_float,
-    at_least,
-    at_most,
-    bits_of,
-    choose,
-    extended,
-    first_half,
-    float_of,
-    greatest,
-    half_floats,
-    halves,
-    highest,
-    highest_word,
-    lanes_to_rows,
-    least,
-    load_floats,
-    load_words,
-    lowest,
-    lowest_bit,
-    magnitude,
-    mask_bits,
-    prefetch,
-    repeat,
-    root,
-    rows_to_lanes,
-    scatter,
-    second_half,
-    store_vector,
-    truncated,
-    whole,
-)
-from .products import planes
-from .target import BIAS, FAMILIES, FAMILY, FEATURES, LANES, QUAD, SETTING, compiled_features
-from .tiles import (
-    add_columns,
-    add_dots,
-    add_floats,
-    add_outer,
-    add_products,
-    dot_pairs,
-    store_outer,
-    store_starts,
-    store_sums,
-    store_tile,
-    sum_tile,
-    zeros_f32,
-    zeros_i32,
-)
-from .values import (
-    abs_f32,
-    add_f32,
-    div_f32,
-    exp_f32,
-    first_f32,
-    float_i32,
-    fma_f32,
-    get_f32,
-    get_i8,
-    get_i64,
-    get_number,
-    get_u8,
-    intrinsic,
-    largest_f32,
-    load_codes,
-    load_f32,
-    load_minimum,
-    load_number,
-    load_scale,
-    load_u8,
-    max_f32,
-    mul_f32,
-    neg_f32,
-    put_f16,
-    put_f32,
-    round_f32,
-    splat_f32,
-    splat_i32,
-    store_f32,
-    store_i8,
-    sum_f32,
-)
-from .words import (
-    GROUP,
-    add_term,
-    copy_bytes,
-    get_i32,
-    put_i64,
-    read_at,
-    splat_words,
-    store_low,
-    turn_halves,
-    turn_words,
-)
+from __future__ import annotations
+
+from importlib import import_module
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+from ..jit import Later
+from .target import BIAS, FAMILIES, FAMILY, FEATURES, GROUP, LANES, QUAD, SETTING, compiled_features, planes
+
+if TYPE_CHECKING:
+    from .atomics import add_atomic, call, give_way, load_acquire, pause, store_release, swap_if
+    from .blocks import (
+        all_of,
+        any_of,
+        as_bytes,
+        as_float,
+        at_least,
+        at_most,
+        bits_of,
+        choose,
+        extended,
+        first_half,
+        float_of,
+        greatest,
+        half_floats,
+        halves,
+        highest,
+        highest_word,
+        lanes_to_rows,
+        least,
+        load_floats,
+        load_words,
+        lowest,
+        lowest_bit,
+        magnitude,
+        mask_bits,
+        prefetch,
+        repeat,
+        root,
+        rows_to_lanes,
+        scatter,
+        second_half,
+        store_vector,
+        truncated,
+        whole,
+    )
+    from .tiles import (
+        add_columns,
+        add_dots,
+        add_floats,
+        add_outer,
+        add_products,
+        dot_pairs,
+        store_outer,
+        store_starts,
+        store_sums,
+        store_tile,
+        sum_tile,
+        zeros_f32,
+        zeros_i32,
+    )
+    from .values import (
+        abs_f32,
+        add_f32,
+        div_f32,
+        exp_f32,
+        first_f32,
+        float_i32,
+        fma_f32,
+        get_f32,
+        get_i8,
+        get_i64,
+        get_number,
+        get_u8,
+        largest_f32,
+        load_codes,
+        load_f32,
+        load_minimum,
+        load_number,
+        load_scale,
+        load_u8,
+        max_f32,
+        mul_f32,
+        neg_f32,
+        put_f16,
+        put_f32,
+        round_f32,
+        splat_f32,
+        splat_i32,
+        store_f32,
+        store_i8,
+        sum_f32,
+    )
+    from .words import (
+        add_term,
+        copy_bytes,
+        get_i32,
+        put_i64,
+        read_at,
+        splat_words,
+        store_low,
+        turn_halves,
+        turn_words,
+    )
 
 __all__ = [
     "BIAS",
@@ -169,7 +175,6 @@ __all__ = [
     "halves",
     "highest",
     "highest_word",
-    "intrinsic",
     "lanes_to_rows",
     "largest_f32",
     "least",
@@ -224,3 +229,19 @@ __all__ = [
     "zeros_f32",
     "zeros_i32",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """All but target.py generates code, and needs Numba: a kernel's source gets a name that is looked up later."""
+    if name not in __all__:
+        raise AttributeError(f"simd has no {name}")
+    found = globals()[name] = Later(lambda: _look_up(name))
+    return found
+
+
+def _look_up(name: str) -> Any:
+    for file in ("values", "tiles", "blocks", "words", "atomics"):
+        found = getattr(import_module(f".{file}", __name__), name, None)
+        if found is not None and not isinstance(found, FunctionType):  # a code generator's building block
+            return found
+    raise AttributeError(f"simd has no {name}")

@@ -11,12 +11,7 @@ from typing import Any
 import llvmlite.ir as ir
 
 from .build import I1, I8, I16, I32, VECTOR, by_parts, call, const, load, offset, splat, strided, token
-from .target import LANES, has
-
-
-def planes(bits: int) -> list[int]:
-    """Widths of the bit planes that codes of `bits` are stored in, low bits first: 6 -> [4, 2]."""
-    return [8] if bits == 8 else [width for width in (4, 2, 1) if bits & width]
+from .target import LANES, has, planes
 
 
 def _like(x: Any, element: Any, shrink: int) -> Any:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ggufkit_formats.errors import UsageError
-from numba.core import config
-from numba.core.registry import cpu_target
+
+from .. import store
 
 # What a processor's name alone implies, for NUMBA_CPU_NAME without features.
 _AVX2 = frozenset(("avx2", "f16c"))
@@ -42,6 +42,12 @@ KNOWN = ("avx2", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512vnni", "avxvn
 
 def compiled_features() -> frozenset[str]:
     """The instruction sets among KNOWN that Numba compiles for (not: that the processor has)."""
+    kept = store.read("features")  # what Numba said, in the folder that all its settings are in the name of
+    if kept is not None:
+        return frozenset(kept.decode().split())
+    from numba.core import config
+    from numba.core.registry import cpu_target
+
     context: Any = cpu_target.target_context
     asked = (context.codegen()._tm_features or "").split(",")
     found = {name for name in KNOWN if f"+{name}" in asked}
@@ -49,7 +55,9 @@ def compiled_features() -> frozenset[str]:
     names = [name for name in BY_NAME if cpu.startswith(name)]
     if names:
         found |= BY_NAME[max(names, key=len)]
-    return frozenset(found - {name for name in KNOWN if f"-{name}" in asked})
+    found -= {name for name in KNOWN if f"-{name}" in asked}
+    store.write("features", " ".join(sorted(found)).encode())
+    return frozenset(found)
 
 
 @dataclass(frozen=True)
@@ -95,9 +103,15 @@ FEATURES = compiled_features()
 FAMILY = choose()
 LANES = FAMILY.lanes  # rows that are packed side by side
 QUAD = 4 * LANES  # bytes of a vector
+GROUP = 4  # blocks that packing takes side by side: what a table says is read once for all of them
 BIAS = 128 if FAMILY.dot == "u8s8" else 0  # what signed bytes get to become the unsigned operand
 
 
 def has(*features: str) -> bool:
     """Whether the target has these instruction sets."""
     return FEATURES.issuperset(features)
+
+
+def planes(bits: int) -> list[int]:
+    """Widths of the bit planes that codes of `bits` are stored in, low bits first: 6 -> [4, 2]."""
+    return [8] if bits == 8 else [width for width in (4, 2, 1) if bits & width]

@@ -11,10 +11,9 @@ import llvmlite.ir as ir
 from numba.core import cgutils, types
 
 from .build import I8, I16, I32, I64, VECTOR, load, offset, pick, splat, store
-from .target import LANES, QUAD
+from .target import GROUP, LANES, QUAD
 from .values import Vector, address, intrinsic
 
-GROUP = 4  # blocks side by side: what a table says is read once for all of them
 VECTOR["words"] = ir.VectorType(I32, GROUP * LANES)
 words = Vector("words")
 
