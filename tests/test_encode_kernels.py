@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
+from encode_cases import ROWS, differences
 from ggufkit_formats.blocks import find
 from ggufkit_formats.errors import FormatError, UnsupportedError
 from ggufkit_kernels.cpu.encode import ENCODERS, PIECE, encode
-from nasty_weights import COLS, finite_rows, large_rows
+from ggufkit_kernels.cpu.simd import LANES, SETTING
+from nasty_weights import COLS, large_rows
 
 NAMES = list(ENCODERS)
-ROWS = {name: rows.astype(np.float32) for name, rows in finite_rows(seed=5)}
-ALL_ROWS = np.concatenate(list(ROWS.values()))
 
 
 def test_every_k_type_and_every_common_legacy_type_has_a_kernel():
@@ -22,13 +27,39 @@ def test_every_k_type_and_every_common_legacy_type_has_a_kernel():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bytes_of_the_definition(name):
-    ours, definition = encode(name, ALL_ROWS), find(name).encode(ALL_ROWS)
-    start = 0
-    for what, rows in ROWS.items():
-        part = slice(start, start + len(rows))
-        different = np.flatnonzero((ours[part] != definition[part]).any(axis=1))
-        assert not len(different), f"{name}, {what}: rows {different[:5]} of {len(rows)}"
-        start += len(rows)
+    assert differences(name) == []
+
+
+def run_cases(*names, **environment):
+    """The cases in a process of its own, for another processor: (family, lanes)."""
+    base = {key: value for key, value in os.environ.items() if key != SETTING and not key.startswith("NUMBA_CPU")}
+    done = subprocess.run(
+        [sys.executable, "encode_cases.py", *names],
+        env=base | environment,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    family, lanes = done.stdout.split()[:2]
+    return family, int(lanes)
+
+
+def test_bytes_with_vectors_of_the_other_length():
+    family = "avx2" if LANES == 16 else "avx512vnni"
+    assert run_cases("Q4_K", "Q3_K", **{SETTING: family}) == (family, 24 - LANES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["avx512vnni", "avx2"])
+def test_bytes_of_all_types_in_both_lengths(family):
+    assert run_cases(*NAMES, **{SETTING: family})[0] == family
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="a processor of another kind")
+def test_bytes_without_avx():
+    assert run_cases(*NAMES, NUMBA_CPU_NAME="x86-64", NUMBA_CPU_FEATURES="") == ("plain", 8)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -57,6 +88,18 @@ def test_any_number_of_rows_and_any_shape(name):
     np.testing.assert_array_equal(encode(t, np.asfortranarray(x[:40])), whole[:40])
     wide = x[:12].reshape(3, 4 * COLS)
     np.testing.assert_array_equal(encode(t, wide), t.encode(wide))
+    np.testing.assert_array_equal(encode(t, x[:40].reshape(-1, t.block)[1:]), t.encode(x[:40].reshape(-1, t.block)[1:]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+def test_a_weight_that_is_not_finite_is_found_wherever_it_stands(name, bad):
+    rng = np.random.default_rng(8)
+    for at in (0, 31, 32, 255, 256, 2047, 2048, 17 * COLS - 1, *rng.integers(0, 17 * COLS, 20)):
+        x = rng.standard_normal((17, COLS)).astype(np.float32)
+        x.reshape(-1)[at] = bad
+        with pytest.raises(FormatError, match=f"NaN or infinite weights cannot be quantized to {name}"):
+            encode(name, x, threads=1)
 
 
 def test_many_callers_with_many_threads():

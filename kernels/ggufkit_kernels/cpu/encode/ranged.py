@@ -35,7 +35,7 @@ from ..simd import (
     all_of,
     any_of,
     as_float,
-    at_least,
+    at_least_zero,
     at_most,
     bits_of,
     choose,
@@ -107,7 +107,7 @@ def regression(bounded, exact):
             if exact:
                 code = clipped(quotient, 0, np.int64(top))
             elif bounded:
-                code = at_most(at_least(whole(quotient), ZERO), top)
+                code = at_most(at_least_zero(whole(quotient)), top)
             else:
                 code = whole(quotient)
             store_vector(tried + i, code)

@@ -140,10 +140,9 @@ def search(x, s, group):
         else:
             lx, l2 = sums_between(x, w, wx, inverse)
         better = (l2 > ZERO) & (lx * lx > best * l2)
-        if any_of(better):
-            new = lx / l2
-            scale, best = choose(better, new, scale), choose(better, new * lx, best)
-            best_inverse = choose(better, inverse, best_inverse)
+        new = lx / l2
+        scale, best = choose(better, new, scale), choose(better, new * lx, best)
+        best_inverse = choose(better, inverse, best_inverse)
     to = s + group * ROW
     store_vector(to + SCALES, choose(zero, ZERO, scale))
     store_vector(to + INVERSES, best_inverse)
