@@ -28,7 +28,6 @@ class Arena:
         self._lock = threading.Lock()
         self._segment = np.empty(0, np.uint8)
         self._at = 0  # bytes of the segment that are taken
-        self._touched = 0  # bytes of it that `fresh_pages` has handed out
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """A zeroed array that begins at a multiple of 64 bytes."""
@@ -36,18 +35,10 @@ class Arena:
         with self._lock:
             if self._at + nbytes > len(self._segment):
                 self._segment = _segment(max(SEGMENT, nbytes))
-                self._at = self._touched = 0
+                self._at = 0
             raw = self._segment[self._at : self._at + nbytes]
             self._at += -(-nbytes // ALIGN) * ALIGN
         return raw.view(dtype).reshape(shape)
-
-    def fresh_pages(self) -> tuple[int, int]:
-        """The address of the first large page that was begun since the last call, and how many were."""
-        with self._lock:
-            pages = -(-min(self._at, len(self._segment)) // LARGE)
-            first = self._touched // LARGE
-            self._touched = pages * LARGE
-            return self._segment.ctypes.data + first * LARGE, pages - first
 
 
 def _segment(nbytes: int) -> np.ndarray:

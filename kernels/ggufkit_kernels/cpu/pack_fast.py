@@ -6,9 +6,6 @@ each block, the raw words that the table wants are gathered from LANES rows at o
 is made of them by shifts and masks on whole vectors, LANES rows at a time. What each type costs is its terms.
 F32, F16 and BF16 are transposed alone.
 
-New memory is touched a large page an item before it is written: two threads that meet in a new page would both fill
-it with zeros, and one of them for nothing.
-
 Rows beyond the last whole strip, big-endian files, and what has no map go through the NumPy packing of pack.py, which
 is also the definition that this is tested against. A file that cannot be read ends there too, and gets its message.
 
@@ -26,7 +23,7 @@ from ggufkit_formats.tensor import Tensor
 
 from . import pack as numpy_pack
 from .jit import kernel, lazy
-from .memory import LARGE, Arena
+from .memory import Arena
 from .pack import PLAIN, SLAB_NBYTES, Layout, Packed
 from .pack_map import map_of
 from .simd import (
@@ -53,20 +50,12 @@ WORDS_NBYTES = GROUP * QUAD
 
 # The words of the args, as byte offsets: what is read, how it is cut, and the parts (base, bytes of a strip, bytes
 # of a block, bytes of an element, elements of a block).
-WORDS = ["fresh", "source", "descriptor", "file_offset", "row_nbytes", "strips", "per_item", "blocks", "block_nbytes"]
+WORDS = ["source", "descriptor", "file_offset", "row_nbytes", "strips", "per_item", "blocks", "block_nbytes"]
 WORDS += ["buffers", "buffer_nbytes", "turned_nbytes", "table", "pieces", "failed", "n_parts"]
 AT = {name: 8 * k for k, name in enumerate(WORDS)}
-(FRESH, SOURCE, DESCRIPTOR, FILE_OFFSET, ROW_NBYTES, STRIPS, PER_ITEM, BLOCKS, BLOCK_NBYTES) = (
-    AT[name] for name in WORDS[:9]
-)
-(BUFFERS, BUFFER, TURNED, TABLE, PIECES, FAILED, N_PARTS) = (AT[name] for name in WORDS[9:])
+(SOURCE, DESCRIPTOR, FILE_OFFSET, ROW_NBYTES, STRIPS, PER_ITEM, BLOCKS, BLOCK_NBYTES) = (AT[name] for name in WORDS[:8])
+(BUFFERS, BUFFER, TURNED, TABLE, PIECES, FAILED, N_PARTS) = (AT[name] for name in WORDS[8:])
 PARTS = 8 * len(WORDS)
-
-
-@lazy
-def touch(args, item, worker):
-    """Write a zero into a large page that holds nothing yet."""
-    put_i64(get_i64(args + FRESH) + item * LARGE, 0)
 
 
 @kernel
@@ -202,13 +191,12 @@ def _pack(tensor: Tensor, team: Team, memory: Arena) -> Packed | None:
     per_item = max(1, min(BUFFER_NBYTES // (LANES * row_nbytes), strips // (4 * team.threads)))
     turned = 4 * WORDS_NBYTES * pieces
     buffer = -(-(turned + per_item * LANES * row_nbytes + SLACK) // 64) * 64
-    page, pages = memory.fresh_pages()
     source, descriptor, offset, keep = _source(tensor)
     with team.lock:
-        words = [page, source, descriptor, offset, row_nbytes, strips, per_item, blocks, tensor.type.block_nbytes]
+        words = [source, descriptor, offset, row_nbytes, strips, per_item, blocks, tensor.type.block_nbytes]
         words += [team.scratch(buffer * team.threads), buffer, turned, address(table), pieces, address(failed)]
         words += [len(parts) // 5, *parts]
-        team.run([(touch.address, pages)] * (pages > 0) + [(kernel.address, -(-strips // per_item))], words)
+        team.run([(kernel.address, -(-strips // per_item))], words)
     del keep
     if failed[0]:
         return None

@@ -9,7 +9,7 @@ becomes
     constant ^ (w << left >> right & mask) ^ …        w: four raw bytes from some byte of the block on
 
 with as few terms as the choice of w's alignment allows; `pack_fast` runs that table. The map is then checked against
-the NumPy packing on blocks in which every byte takes all 256 values beside random others. A type whose packing is no
+the NumPy packing on random blocks, and on some in which every byte takes all 256 values. A type whose packing is no
 such map (a codebook of more than 16 values, numbers that float16 does not hold, d that has to be multiplied out,
 blocks that 32 does not divide) has none, and is packed by NumPy.
 
@@ -28,7 +28,6 @@ from .pack import Layout, canonical, halves, layout_of, pack_codes, scale_arrays
 from .simd import GROUP, LANES, QUAD
 
 PIECE = 4  # words that are gathered at a time
-CHECKS = 2  # times 256 blocks
 
 
 @dataclass(frozen=True)
@@ -165,9 +164,10 @@ def _cover(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _holds(bitmap: BitMap, type: TensorType) -> bool:
-    """Whether the map does what NumPy does, on blocks in which every byte takes every value."""
-    every = np.tile(np.arange(256, dtype=np.uint8)[:, None], (CHECKS, type.block_nbytes))
-    raw = np.random.default_rng(0).permuted(every, axis=0)
+    """Whether the map does what NumPy does: on random blocks, and on blocks in which every byte takes every value."""
+    rng, nbytes = np.random.default_rng(0), type.block_nbytes
+    every = np.arange(256)[:, None] * (rng.integers(0, 128, nbytes) * 2 + 1) ^ rng.integers(0, 256, nbytes)
+    raw = np.concatenate([every.astype(np.uint8), rng.integers(0, 256, (256, nbytes), np.uint8)])
     quants = _quants(type, raw)
     if quants is None or layout_of(quants) != bitmap.layout:
         return False
