@@ -56,21 +56,23 @@ ggml writes any block and looks at it when a file is loaded with its tensors che
 ## Speed
 
 Million weights a second of one thread's processor time, on one machine (Zen 3, AVX2), normal random weights, rows of
-2048, on a busy machine; ggml is `ggml_quantize_chunk` of the pinned xllamacpp. Bytes were compared in the same run.
-Threads share nothing, so two idle processors give about twice as much.
+2048, with other work on the machine; ggml is `ggml_quantize_chunk` of the pinned xllamacpp, which is as fast here as
+one compiled on the machine (except Q4_0: 883). Bytes were compared in the same run. Threads share nothing, so two idle
+processors give about twice as much. `python tools/bench_encode.py` prints the first columns again;
+`--check 6000000` compares so many hard weights of each type with ggml's bytes (done, none differ).
 
-| type | `kernels…encode` | ggml | NumPy encode | NumPy decode |
-|---|---|---|---|---|
-| Q4_0 | 304 | 288 | 92 | 235 |
-| Q4_1 | 300 | 944 | 78 | 274 |
-| Q5_0 | 284 | 320 | 118 | 299 |
-| Q5_1 | 249 | 302 | 68 | 220 |
-| Q8_0 | 510 | 187 | 66 | 556 |
-| Q2_K | 75 | 11 | 6.8 | 298 |
-| Q3_K | 90 | 55 | 8.7 | 157 |
-| Q4_K | 61 | 9 | 4.2 | 249 |
-| Q5_K | 69 | 10 | 5.4 | 189 |
-| Q6_K | 85 | 22 | 6.6 | 190 |
+| type | `kernels…encode` | ggml | ratio | NumPy encode | NumPy decode |
+|---|---|---|---|---|---|
+| Q4_0 | 1823 | 439 | 4.2 | 92 | 235 |
+| Q4_1 | 2179 | 1088 | 2.0 | 78 | 274 |
+| Q5_0 | 1503 | 325 | 4.6 | 118 | 299 |
+| Q5_1 | 1885 | 575 | 3.3 | 68 | 220 |
+| Q8_0 | 2293 | 334 | 6.9 | 66 | 556 |
+| Q2_K | 170 | 15 | 11.3 | 6.8 | 298 |
+| Q3_K | 450 | 71 | 6.3 | 8.7 | 157 |
+| Q4_K | 161 | 13 | 12.2 | 4.2 | 249 |
+| Q5_K | 195 | 15 | 12.9 | 5.4 | 189 |
+| Q6_K | 318 | 29 | 11.0 | 6.6 | 190 |
 
 ## All types
 

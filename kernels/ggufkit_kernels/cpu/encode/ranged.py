@@ -4,25 +4,29 @@ The same float32 operations in the same order as `ggufkit_formats.blocks.k_searc
 No sum is reordered, nothing is fused, so the bytes are the same. Each group is tried with 17 or 22 scales; what a
 trial takes per weight, in instructions on a vector:
 
-    regress   x - minimum, * inverse, round, [two bounds,] w l, w l l, w l x, three sums     10 (12) and 3 of memory
+    regress   x - minimum, * inverse, round, [two bounds,] w l, w l l, w l x, three sums     9 (11) and 3 of memory
     judge     scale l, + minimum, - x, squared, * w, sum                                      6, and 3 of memory
 
-Four float pipes (two multiply, two add) therefore need 4 cycles a vector and trial, that is 11 cycles a weight
-for Q4_K with 8 lanes; what is reached is 19 on an idle Zen 3. A trial costs 1 (of 5.5) for the least squares
-between the two loops: four divisions, each waiting for the loop before.
+Two pipes add and round, two multiply, integer bounds go to any: 4 cycles a vector and trial on a Zen 3, so 11 cycles a
+weight for Q4_K with 8 lanes, 9 for Q2_K and Q5_K; 20, 18 and 16 are reached on a busy machine. In a profile of Q4_K
+the first loop takes 41 % (3 cycles a vector for 2.5), the second 22 % (1.6 for 1.5), what is between them, four
+divisions that wait for the loop before, 12 %, the first trial 6 %, turning the weights 6 %, the rest 13 %.
 
 Quotients beyond 2**22 get ggml's odd values, which costs three instructions more and next to never happens. So the
 quotients of a group's ends (rounding keeps order, all others lie between) decide which loop runs: the one without
 bounds (most trials of the first two thirds), the one with bounds, or the exact one.
 
-Tried, one thread of a Zen 3, million weights a second, Q4_K:
+Tried, one thread of a Zen 3, million weights a second, Q4_K if nothing else is said:
 
-- arrays of 64 groups left to LLVM's own vectors: 80, with these vectors 148
-- one tile of 1, 2, 4 registers at a time: 114, 140, 124 (spills); two of 2: 144
-- codes always by the integer route: 140; by the ends of the quotients: 148
+- arrays of 64 groups left to LLVM's own vectors: 80; these vectors: 161
+- tiles of 1, 2, 4 registers, one in flight, always with bounds: 114, 140, 124; where needed: 121, 148, 114 (4 spill)
+- 1, 2, 4 tiles in flight (of 2 registers): 139, 144, 143, all within the noise of a shared machine
+- always with bounds in Q2_K, where the choice is hard to predict: 159 for 164
+- bounds by float maximum and minimum, which share two pipes with the additions: 153; on the bits: 161
 - state kept in place: LLVM makes `store(choose(better, new, load))` a masked store, 20 cycles on AMD: 119
-- skipping `judge` where no lane can win: at step k one lane of 16 still wins in more than half the trials until the
-  last five; not worth it
+
+Not done: one addition of nine as a fused product with 1, which rounds alike and would even out the pipes (2.5 -> 2.25
+cycles); leaving out `judge` where a bound says that no lane can win, which is rare before the last five trials.
 """
 
 from __future__ import annotations
