@@ -69,7 +69,7 @@ class Recorder(CpuOps):
             self.keep.append(buffer)
             self._pool.add(address(buffer))
         # Through a memoryview, since the views of an array that has one for its base refer to that array
-        root = np.frombuffer(memoryview(buffer), np.float32, count)
+        root = np.frombuffer(buffer.data, np.float32, count)
         weakref.finalize(root, free.append, buffer)
         return root.reshape(shape)
 
