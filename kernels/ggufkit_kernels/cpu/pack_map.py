@@ -13,7 +13,7 @@ the NumPy packing on random blocks, and on some in which every byte takes all 25
 such map (a codebook of more than 16 values, numbers that float16 does not hold, d that has to be multiplied out,
 blocks that 32 does not divide) has none, and is packed by NumPy.
 
-A map takes 1 to 5 ms to make, once a process and type.
+A map takes 1 to 8 ms to make, once a process and type.
 """
 
 from __future__ import annotations
