@@ -11,7 +11,7 @@ from typing import Any
 import llvmlite.ir as ir
 
 from .build import I1, I8, I16, I32, VECTOR, by_parts, call, const, load, offset, splat, strided, token
-from .target import LANES, has, planes
+from .target import LANES, allow_dotprod, has, planes
 
 
 def _like(x: Any, element: Any, shrink: int) -> Any:
@@ -55,6 +55,7 @@ def dot_u8s8(builder: Any, total: Any, u: Any, s: Any) -> Any:
 def dot_s8s8(builder: Any, total: Any, a: Any, b: Any) -> Any:
     """int32 total + the sums of four neighbouring products s8 x s8, exactly."""
     if has("dotprod"):
+        allow_dotprod(builder)
         name, ty = "llvm.aarch64.neon.sdot.v4i32.v16i8", ir.VectorType(I32, 4)
         return by_parts(builder, 16, lambda t, x, y: call(builder, name, ty, t, x, y), total, a, b)
     return _dot(builder, total, a, b, "sext")

@@ -10,7 +10,10 @@ So a machine can check the layouts and the arithmetic of every family; only spee
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +39,33 @@ BY_NAME = {
     "sapphirerapids": _VNNI | {"avxvnni"},
     "znver4": _VNNI,
     "znver5": _VNNI | {"avxvnni"},
+    **dict.fromkeys(("neoverse", "apple-m", "cortex-a76", "cortex-a78", "cortex-x"), frozenset(("neon", "dotprod"))),
 }
 KNOWN = ("avx2", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512vnni", "avxvnni", "neon", "dotprod")
+
+
+def _has_dotprod() -> bool:
+    """Whether this machine is an ARM processor with dot products of bytes, which LLVM does not tell of on Linux."""
+    if platform.machine() not in ("aarch64", "arm64"):
+        return False
+    if sys.platform == "darwin":  # from the M1 on
+        return True
+    try:
+        getauxval = ctypes.CDLL(None).getauxval
+    except (OSError, AttributeError, TypeError):  # no Linux
+        return False
+    getauxval.restype, getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+    return bool(getauxval(16) & 1 << 20)  # AT_HWCAP, HWCAP_ASIMDDP
+
+
+def allow_dotprod(builder: Any) -> None:
+    """Let LLVM take dot products in the function that is being built, though it may not know that they are there."""
+    from numba.core.registry import cpu_target
+
+    context: Any = cpu_target.target_context
+    known = context.codegen()._tm_features  # an attribute replaces them
+    attribute = f'"target-features"="{known},+dotprod"' if known else '"target-features"="+dotprod"'
+    set.add(builder.function.attributes, attribute)  # llvmlite's own `add` takes flags only
 
 
 def compiled_features() -> frozenset[str]:
@@ -55,6 +83,8 @@ def compiled_features() -> frozenset[str]:
     names = [name for name in BY_NAME if cpu.startswith(name)]
     if names:
         found |= BY_NAME[max(names, key=len)]
+    if not cpu and getattr(config, "CPU_FEATURES", None) is None and _has_dotprod():
+        found.add("dotprod")
     found -= {name for name in KNOWN if f"-{name}" in asked}
     store.write("features", " ".join(sorted(found)).encode())
     return frozenset(found)
