@@ -99,9 +99,8 @@ def compare(folder: Path, cpu: str) -> bool:
     with np.load(there) as one, np.load(here) as other:
         names = [name for name in other.files if "plain" not in name]
         differ = [name for name in names if not np.array_equal(one[name].view("u4"), other[name].view("u4"))]
-    print(
-        f"{cpu}: {said.strip()}; {len(names) - len(differ)} of {len(names)} products bit for bit as here: {code.strip()}"
-    )
+    alike = f"{len(names) - len(differ)} of {len(names)} products bit for bit as here"
+    print(f"{cpu}: {said.strip()}; {alike}; {code.strip()}")
     print(*(f"  differs: {name}" for name in differ), sep="\n", end="\n" if differ else "")
     return not differ and said.startswith(f"{family}:") and ("sdot 0" in code) == (family == "plain")
 
