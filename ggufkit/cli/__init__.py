@@ -20,6 +20,7 @@ COMMANDS = {
     "tokenize": "Show the token ids of a text.",
     "perplexity": "Measure how well a model predicts a text.",
     "bench": "Measure tokens per second.",
+    "warmup": "Compile kernels before they are needed.",
 }
 
 

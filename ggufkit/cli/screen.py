@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
@@ -128,6 +129,30 @@ def read_text(path: str) -> str:
         raise FormatError(f"{path!r}: cannot be read ({error})") from None
 
 
+class compiling:
+    """A bar that counts kernels while they are compiled: `with compiling() as progress` (done, in all)."""
+
+    def __enter__(self) -> Any:
+        self.bar = Progress("compiling kernels", 1, unit=lambda n: f"{n:.0f}", patience=0.3)
+        return self._progress
+
+    def _progress(self, done: int, total: int) -> None:
+        self.bar.total = total
+        self.bar(done)
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+
+def _compile_ahead() -> None:
+    """Compile in the background what every model needs, while the model is fetched."""
+    from ggufkit_kernels.cpu import prepare
+
+    entries = prepare.common()
+    if not all(entry.here for entry in entries):
+        threading.Thread(target=prepare.compile, args=(entries,), daemon=True).start()
+
+
 def load(model: str | None, device: str = "auto", threads: int | None = None, n_ctx: int | None = None,
          pre_tokenizer: str | None = None) -> Any:  # fmt: skip
     """The model to run, with progress bars for fetching and loading it."""
@@ -135,14 +160,17 @@ def load(model: str | None, device: str = "auto", threads: int | None = None, n_
 
     from .. import sources
 
+    if device in ("auto", "cpu"):
+        _compile_ahead()
     path = sources.model(model)
-    with Progress(f"loading {path.name}", 1, unit=size, patience=1.0) as bar:
+    with compiling() as kernels, Progress(f"loading {path.name}", 1, unit=size, patience=1.0) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar(done)
 
-        loaded = generate.load(path, device=device, threads=threads, n_ctx=n_ctx, pre=pre_tokenizer, progress=progress)
+        loaded = generate.load(path, device=device, threads=threads, n_ctx=n_ctx, pre=pre_tokenizer,
+                               progress=progress, kernels=kernels)  # fmt: skip
     trained = loaded.config.n_ctx_train
     if n_ctx is not None and n_ctx > trained:
         say(f"note: the model was trained on contexts of up to {trained} tokens, not {n_ctx}")

@@ -33,6 +33,10 @@ class Ops(Protocol):
     name: str
     threads: int
 
+    def prepare(self, types: Any, progress: Any = None) -> None:
+        """Make ready what matrices of these tensor types need; `progress` is told (kernels compiled, in all)."""
+        ...
+
     def weight(self, tensor: Tensor) -> Weight:
         """Pack a matrix (rows, cols) of any tensor type into the backend's layout; reads it with pread."""
         ...

@@ -61,6 +61,9 @@ class RefOps:
     def __init__(self, cache_dtype: type = np.float32):
         self.cache_dtype = np.dtype(cache_dtype)
 
+    def prepare(self, types: Any, progress: Any = None) -> None:
+        """Nothing: NumPy is ready."""
+
     def weight(self, tensor: Tensor) -> RefWeight:
         """The matrix (rows, cols) dequantized to float32."""
         return RefWeight(np.ascontiguousarray(tensor.dequantize().reshape(tensor.rows, tensor.cols)))

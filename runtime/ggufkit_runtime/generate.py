@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,11 +44,13 @@ def load(
     n_ctx: int | None = None,
     pre: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    kernels: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Open a GGUF file and load it for running.
 
     `device` is auto, cpu, cuda, or reference (plain NumPy in float32, slow, for checking). `pre` overrides the
-    file's pre-tokenizer. Raises FormatError for a broken file, UnsupportedError for an unknown architecture.
+    file's pre-tokenizer. `progress` is told (bytes loaded, in all), `kernels` (kernels compiled, in all) where some
+    have to be. Raises FormatError for a broken file, UnsupportedError for an unknown architecture.
     """
     began = time.perf_counter()
     with gguf.open(path) as file:
@@ -61,7 +64,12 @@ def load(
             raise UsageError(f"a context of {n_ctx} tokens is too small")
         words = tokenizer.from_metadata(file.metadata, pre=pre)
         ops = backend(device, threads)
+        # Python's work, while compiled code packs the weights
+        tables = threading.Thread(target=words.prepare, daemon=True)
+        tables.start()
+        ops.prepare({t.type for t in file.tensors.values() if len(t.shape) == 2}, kernels)
         packed = weights.load(architecture, config, file.tensors, ops, name, progress)
+        tables.join()
         title, file_type = file.metadata.get("general.name"), file.metadata.get("general.file_type")
         info = Info(
             path=Path(path),

@@ -6,11 +6,12 @@ kernels of one team take turns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from ggufkit_formats.blocks import TensorType
 from ggufkit_formats.errors import UsageError
 from ggufkit_formats.tensor import Tensor
 
@@ -193,6 +194,12 @@ class CpuOps:
         self._last_rotations: tuple = (None, (0, 0, 0.0), (nothing, nothing))
 
     # -- weights -----------------------------------------------------------------------------------
+
+    def prepare(self, types: Iterable[TensorType], progress: Callable[[int, int], None] | None = None) -> None:
+        """Compile the kernels that a network with matrices of these types needs and that no cache has."""
+        from . import prepare
+
+        prepare.compile([*prepare.common(), *prepare.of_types(types)], progress)
 
     def weight(self, tensor: Tensor) -> CpuWeight:
         """Pack a matrix (rows, cols) of any tensor type, read with pread by a few rows at a time."""

@@ -1,0 +1,5 @@
+"""python -m ggufkit: the command line."""
+
+from .cli import main
+
+main()
