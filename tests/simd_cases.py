@@ -3,7 +3,7 @@
 `run()` runs it here, compares each result with the definition, and returns the results by name; tests/test_simd.py
 asks for it in processes that are told another family, tools/emulate on other processors.
 
-    python simd_cases.py OUT.npz [few|products] [attention] [others]    run (all parts if none), write the results
+    python simd_cases.py OUT.npz [few|products] [attention] [others] [types]    run (or the first three), write results
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from ggufkit_formats.blocks import TensorType, find
+from ggufkit_formats.blocks import TYPES, find
 from ggufkit_formats.tensor import Tensor
 from ggufkit_kernels.cpu.ops import CpuOps
 from ggufkit_kernels.cpu.simd import FAMILY
@@ -34,6 +34,7 @@ QUANTIZED: dict[str, MadeUp] = {
 FEW = ("minima", "units of 16", "bytes")  # where each kernel that is compiled counts
 ALONE = ("offset", "fine table")  # those that are run with one token too: each is a kernel more
 PARTS = ("products", "attention", "others")
+MORE = (*PARTS, "types")
 ROWS, COLS, TOKENS = 21, 512, 11  # ragged for 16 lanes and for 8, and for tiles of 8 and of 4
 
 
@@ -62,7 +63,7 @@ def same(got: np.ndarray, want: np.ndarray, what: str) -> np.ndarray:
     return got
 
 
-def product(t: TensorType, tensor: Tensor, x: np.ndarray, ops: CpuOps, what: str) -> np.ndarray:
+def product(tensor: Tensor, x: np.ndarray, ops: CpuOps, what: str) -> np.ndarray:
     """ops.matmul, compared with the product of the rounded inputs and the decoded weights in float64."""
     weight = ops.weight(tensor)
     values = RefOps().weight(tensor).values.astype(np.float64)
@@ -70,7 +71,7 @@ def product(t: TensorType, tensor: Tensor, x: np.ndarray, ops: CpuOps, what: str
     want, size = inputs @ values.T, np.abs(inputs) @ np.abs(values).T
     loose = 1e-4 if weight.packed.layout.values == "table16" else 1e-5  # its levels are rounded to 16 bits
     # a minimum is subtracted after the sums: rounding goes with the parts, not with the difference
-    low = np.abs(inputs).sum(axis=1, keepdims=True) * np.abs(values).max() if isinstance(t, MadeUp) else 0
+    low = np.abs(inputs).sum(axis=1, keepdims=True) * np.abs(values).max() if weight.packed.layout.minimum else 0
     return near(ops.matmul(weight, x), want, loose * size + 1e-6 * low + 1e-6, what)
 
 
@@ -81,7 +82,7 @@ def random_products(ops: CpuOps, names: Iterable[str]) -> Iterator[tuple[str, np
         weight, exact = ops.weight(tensor), RefOps().weight(tensor)
         ids = np.arange(ROWS)[::-1]
         yield f"embed, {name}", same(ops.embed(weight, ids), RefOps().embed(exact, ids), name)
-        many = product(t, tensor, normal(2, TOKENS, COLS), ops, name)
+        many = product(tensor, normal(2, TOKENS, COLS), ops, name)
         yield f"product, {name}", many
         if name in ALONE:
             for i in (0, TOKENS - 1):
@@ -91,7 +92,15 @@ def random_products(ops: CpuOps, names: Iterable[str]) -> Iterator[tuple[str, np
 def plain_products(ops: CpuOps) -> Iterator[tuple[str, np.ndarray]]:
     for name, n in (("F16", TOKENS), ("F16", 1), ("BF16", 1)):
         tensor = random_blocks(find(name), ROWS, COLS, np.random.default_rng(1))
-        yield f"plain product, {name}, {n}", product(find(name), tensor, normal(3, n, COLS), ops, name)
+        yield f"plain product, {name}, {n}", product(tensor, normal(3, n, COLS), ops, name)
+
+
+def typed_products(ops: CpuOps) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor type there is, with a tile of tokens and with one."""
+    for name, t in TYPES.items():
+        tensor = random_blocks(t, ROWS, COLS, np.random.default_rng(6))
+        for n in (TOKENS, 1):
+            yield f"product, {name}, {n}", product(tensor, normal(7, n, COLS), ops, f"{name} {n}")
 
 
 def extreme_blocks(t: MadeUp) -> Iterator[Tensor]:
@@ -131,7 +140,7 @@ def extreme_products(ops: CpuOps, names: Iterable[str]) -> Iterator[tuple[str, n
     for name in names:
         t = QUANTIZED[name]
         for k, tensor in enumerate(extreme_blocks(t)):
-            got = product(t, tensor, x, ops, f"extreme {name} {k}")
+            got = product(tensor, x, ops, f"extreme {name} {k}")
             assert not got[8:10].any(), f"zeros, {name}"
             yield f"extreme, {name}, {k}", got
 
@@ -190,6 +199,8 @@ def run(ops: CpuOps, parts: Iterable[str] = PARTS) -> dict[str, np.ndarray]:
         out |= dict([*random_products(ops, names), *extreme_products(ops, names)])
     if "products" in parts:
         out |= dict(plain_products(ops))
+    if "types" in parts:
+        out |= dict(typed_products(ops))
     if "attention" in parts:
         out |= dict(attention(ops))
     if "others" in parts:
