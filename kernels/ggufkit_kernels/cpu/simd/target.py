@@ -36,6 +36,7 @@ BY_NAME = {
     "x86-64-v4": _AVX512,
     "cascadelake": _VNNI,
     "icelake": _VNNI,
+    "tigerlake": _VNNI,
     "sapphirerapids": _VNNI | {"avxvnni"},
     "znver4": _VNNI,
     "znver5": _VNNI | {"avxvnni"},
