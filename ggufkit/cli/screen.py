@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
@@ -130,27 +129,34 @@ def read_text(path: str) -> str:
 
 
 class compiling:
-    """A bar that counts kernels while they are compiled: `with compiling() as progress` (done, in all)."""
+    """A bar that counts kernels while they are compiled: `with compiling() as progress` (done, in all).
+
+    Where there is no terminal `progress` is None, and who compiles says one line.
+    """
 
     def __enter__(self) -> Any:
-        self.bar = Progress("compiling kernels", 1, unit=lambda n: f"{n:.0f}", patience=0.3)
-        return self._progress
+        self.bar = Progress("compiling kernels", 1, unit=lambda n: f"{n:.1f}", patience=0.3)
+        return self._progress if sys.stderr.isatty() else None
 
     def _progress(self, done: int, total: int) -> None:
-        self.bar.total = total
-        self.bar(done)
+        self.bar.what, self.bar.total = f"compiling kernels {done}/{total}", total
+        if done < total:
+            self.bar(done)
+        else:
+            self.bar.close()
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()
 
 
-def _compile_ahead() -> None:
-    """Compile in the background what every model needs, while the model is fetched."""
-    from ggufkit_kernels.cpu import prepare
+def _compile_ahead(model: str | None, device: str) -> None:
+    """Compile in the background what every model needs, while a model is fetched."""
+    import os
 
-    entries = prepare.common()
-    if not all(entry.here for entry in entries):
-        threading.Thread(target=prepare.compile, args=(entries,), daemon=True).start()
+    if device in ("auto", "cpu") and (model or os.environ.get("GGUFKIT_MODEL") or "hf:").startswith("hf:"):
+        from ggufkit_kernels.cpu import prepare
+
+        prepare.prepare(prepare.common(), progress=None if not sys.stderr.isatty() else lambda done, total: None)
 
 
 def load(model: str | None, device: str = "auto", threads: int | None = None, n_ctx: int | None = None,
@@ -160,17 +166,19 @@ def load(model: str | None, device: str = "auto", threads: int | None = None, n_
 
     from .. import sources
 
-    if device in ("auto", "cpu"):
-        _compile_ahead()
+    _compile_ahead(model, device)
     path = sources.model(model)
-    with compiling() as kernels, Progress(f"loading {path.name}", 1, unit=size, patience=1.0) as bar:
+    counting = compiling()
+    with counting as kernels, Progress(f"loading {path.name}", 1, unit=size, patience=1.0) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
-            bar(done)
+            if counting.bar.guard is None:  # one bar at a time
+                bar(done)
 
         loaded = generate.load(path, device=device, threads=threads, n_ctx=n_ctx, pre=pre_tokenizer,
                                progress=progress, kernels=kernels)  # fmt: skip
+    compiled()  # those do not count in the timings
     trained = loaded.config.n_ctx_train
     if n_ctx is not None and n_ctx > trained:
         say(f"note: the model was trained on contexts of up to {trained} tokens, not {n_ctx}")

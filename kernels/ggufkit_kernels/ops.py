@@ -33,8 +33,12 @@ class Ops(Protocol):
     name: str
     threads: int
 
-    def prepare(self, types: Any, progress: Any = None) -> None:
-        """Make ready what matrices of these tensor types need; `progress` is told (kernels compiled, in all)."""
+    def prepare(self, types: Any, ends: Any, progress: Any = None) -> Any:
+        """Begin to compile what a network with matrices of these tensor types in its layers, and of the types `ends`
+        for embedding and output, needs; `wait()` on the result waits.
+
+        `progress` is told (kernels compiled, kernels to compile) from another thread. None: nothing to compile.
+        """
         ...
 
     def weight(self, tensor: Tensor) -> Weight:

@@ -61,7 +61,7 @@ class RefOps:
     def __init__(self, cache_dtype: type = np.float32):
         self.cache_dtype = np.dtype(cache_dtype)
 
-    def prepare(self, types: Any, progress: Any = None) -> None:
+    def prepare(self, types: Any, ends: Any, progress: Any = None) -> None:
         """Nothing: NumPy is ready."""
 
     def weight(self, tensor: Tensor) -> RefWeight:

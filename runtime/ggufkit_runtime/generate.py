@@ -50,7 +50,8 @@ def load(
 
     `device` is auto, cpu, cuda, or reference (plain NumPy in float32, slow, for checking). `pre` overrides the
     file's pre-tokenizer. `progress` is told (bytes loaded, in all), `kernels` (kernels compiled, in all) where some
-    have to be. Raises FormatError for a broken file, UnsupportedError for an unknown architecture.
+    have to be, from another thread; without it a line on stderr says so. Raises FormatError for a broken file,
+    UnsupportedError for an unknown architecture.
     """
     began = time.perf_counter()
     with gguf.open(path) as file:
@@ -62,12 +63,15 @@ def load(
         config = architecture.config_from_metadata(file.metadata)
         if n_ctx is not None and n_ctx < 1:
             raise UsageError(f"a context of {n_ctx} tokens is too small")
-        words = tokenizer.from_metadata(file.metadata, pre=pre)
+        weights.check(architecture.tensors(config), file.tensors, name)
         ops = backend(device, threads)
+        matrices = {name: t.type for name, t in file.tensors.items() if len(t.shape) == 2}
+        ends = [type for name, type in matrices.items() if not name.startswith("blk.")]
+        preparing = ops.prepare([matrices[name] for name in matrices if name.startswith("blk.")], ends, kernels)
+        words = tokenizer.from_metadata(file.metadata, pre=pre)
         # Python's work, while compiled code packs the weights
         tables = threading.Thread(target=words.prepare, daemon=True)
         tables.start()
-        ops.prepare({t.type for t in file.tensors.values() if len(t.shape) == 2}, kernels)
         packed = weights.load(architecture, config, file.tensors, ops, name, progress)
         tables.join()
         title, file_type = file.metadata.get("general.name"), file.metadata.get("general.file_type")
@@ -79,6 +83,8 @@ def load(
             n_parameters=sum(t.n_elements for t in file.tensors.values()),
             n_bytes=sum(t.nbytes for t in file.tensors.values()),
         )
+    if preparing is not None:
+        preparing.wait()
     return Model(
         architecture, config, packed, ops, words, info, n_ctx or config.n_ctx_train, time.perf_counter() - began
     )

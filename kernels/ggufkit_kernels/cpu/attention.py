@@ -212,19 +212,21 @@ def attend(queries: int) -> Callable:
         n, n_heads, kv_heads = get_i64(args + N), get_i64(args + N_HEADS), get_i64(args + N_KV_HEADS)
         dim, padded, start = get_i64(args + HEAD_DIM), get_i64(args + PADDED_DIM), get_i64(args + START)
         group = n_heads // kv_heads
-        head, part = item // get_i64(args + QUERY_ITEMS), item % get_i64(args + QUERY_ITEMS)
+        head, share = item // get_i64(args + QUERY_ITEMS), item % get_i64(args + QUERY_ITEMS)
         per_item, zero = get_i64(args + QUERIES_PER_ITEM), zeros_f32(vectors)
         scores = get_i64(args + SCRATCH) + worker * get_i64(args + SCRATCH_NBYTES)
         query = scores + queries * SCORE_NBYTES
         result = query + 4 * queries * dim
         more = result + 4 * queries * (padded + 2)
-        for first in range(part * per_item, min((part + 1) * per_item, n * group), queries):
+        for first in range(share * per_item, min((share + 1) * per_item, n * group), queries):
             count = min(queries, n * group - first)
             gather(args, head, first, count, query, queries)
-            one_split(zero, queries, args, head, first, count, 0, scores, query, result)
-            for p0 in range(SPLIT, start + (first + count - 1) // group + 1, SPLIT):
-                one_split(zero, queries, args, head, first, count, p0, scores, query, more)
-                merge(result, more, queries, padded)
+            part = result
+            for p0 in range(0, start + (first + count - 1) // group + 1, SPLIT):  # one call: compiled once
+                one_split(zero, queries, args, head, first, count, p0, scores, query, part)
+                if p0:
+                    merge(result, part, queries, padded)
+                part = more
             finish(args, head, first, count, result, queries)
 
     return attend

@@ -182,16 +182,23 @@ def compiled() -> int:
     return _compiled
 
 
-def set_notice(say: Callable[[str], None] | None) -> None:
-    """Who is told, at most once a process, that kernels are being compiled; None for nobody."""
+def set_notice(say: Callable[[str], None] | None) -> Callable[[str], None] | None:
+    """Who is told, at most once a process, that kernels are being compiled; None for nobody. Gives who was."""
     global _notice
-    _notice = say
+    before, _notice = _notice, say
+    return before
 
 
 def compiling() -> None:
-    """A kernel is about to be compiled: count it, and tell whom `set_notice` named."""
-    global _notice, _compiled
+    """A kernel is about to be compiled: count it, and say so."""
+    global _compiled
     _compiled += 1
+    announce()
+
+
+def announce() -> None:
+    """Tell whom `set_notice` named that kernels are being compiled, unless that was said already."""
+    global _notice
     if _notice is None:
         return
     say, _notice = _notice, None

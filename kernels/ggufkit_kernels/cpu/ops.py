@@ -15,7 +15,7 @@ from ggufkit_formats.blocks import TensorType
 from ggufkit_formats.errors import UsageError
 from ggufkit_formats.tensor import Tensor
 
-from . import attention, elementwise, pack_fast
+from . import attention, elementwise, pack_fast, prepare
 from .matmul import (
     NUMBERS,
     PLAIN_TOKENS,
@@ -195,11 +195,14 @@ class CpuOps:
 
     # -- weights -----------------------------------------------------------------------------------
 
-    def prepare(self, types: Iterable[TensorType], progress: Callable[[int, int], None] | None = None) -> None:
-        """Compile the kernels that a network with matrices of these types needs and that no cache has."""
-        from . import prepare
-
-        prepare.compile([*prepare.common(), *prepare.of_types(types)], progress)
+    def prepare(
+        self,
+        types: Iterable[TensorType],
+        ends: Iterable[TensorType],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> prepare.Preparation:
+        """Begin to make ready the kernels that a network with matrices of these types needs; see `Ops.prepare`."""
+        return prepare.prepare(prepare.of_network(types, ends), progress)
 
     def weight(self, tensor: Tensor) -> CpuWeight:
         """Pack a matrix (rows, cols) of any tensor type, read with pread by a few rows at a time."""

@@ -162,30 +162,36 @@ def write(name: str, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def claim(name: str, wait: bool = True) -> Iterator[bool]:
-    """Compile this kernel alone among all processes, as far as the system can see to it.
-
-    Gives whether the claim was got: without `wait`, False means that another process is compiling it.
-    """
+def claim(name: str) -> Iterator[None]:
+    """Compile this kernel alone among all processes, as far as the system can see to it; wait for who is at it."""
     if CACHE_DIR is None or fcntl is None:
-        yield True
+        yield
         return
     try:
         file = (CACHE_DIR / f"{name}.lock").open("ab")
     except OSError:
-        yield True
+        yield
         return
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:  # a file system without locks
-            pass
-        yield True
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
         with contextlib.suppress(OSError):
             Path(file.name).unlink()
+
+
+def unclaimed(name: str) -> bool:
+    """Whether nobody is compiling this kernel just now."""
+    if CACHE_DIR is None or fcntl is None:
+        return True
+    try:
+        with (CACHE_DIR / f"{name}.lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # nobody was, or nobody can know
+        pass
+    return True
 
 
 def used() -> tuple[int, int]:

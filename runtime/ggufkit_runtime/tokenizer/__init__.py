@@ -3,10 +3,9 @@
     t = tokenizer.from_metadata(gguf.open(path).metadata)
     ids = t.encode("Hello"); text = t.decode(ids)
 
-`sentencepiece`, `tokenizers` and `jinja2` are loaded when they are first needed, not by importing this package.
+`hf`, `sentencepiece`, `tokenizers` and `jinja2` are loaded when they are first needed, not by importing this package.
 """
 
-from . import hf
 from .tokenizer import Stream, Tokenizer, from_metadata
 
-__all__ = ["Stream", "Tokenizer", "from_metadata", "hf"]
+__all__ = ["Stream", "Tokenizer", "from_metadata"]

@@ -63,7 +63,9 @@ class Tokenizer:
     def prepare(self) -> None:
         """Build the tables that encoding needs; the first `encode` does it otherwise."""
         with contextlib.suppress(Exception):  # that will raise it again
-            _ = self._engine
+            engine = self._engine
+            if isinstance(engine, bpe.ByteLevelBPE):
+                _ = engine.ranks
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """Ids of `text`, as `llama_tokenize` gives them.

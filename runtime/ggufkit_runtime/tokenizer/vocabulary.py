@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -178,12 +179,24 @@ def decode_all(array: StringArray) -> list[str]:
     blob, n = array.encoded(), len(array)
     starts = np.empty(n, dtype=np.int64)
     walk(memoryview(blob), 0, n, "<", starts)
-    ends = [*starts[1:].tolist(), len(blob)]
-    items = [blob[start:end] for start, end in zip((starts + 8).tolist(), ends, strict=True)]
+    ends = np.append(starts[1:], len(blob))
+    # The strings without their lengths are one text, cut where each begins, unless one begins amid a character
+    raw = np.frombuffer(blob, np.uint8)
+    letters = np.ones(len(raw), bool)
+    letters[(starts[:, None] + np.arange(8)).reshape(-1)] = False
+    raw = raw[letters]
+    cuts = np.append(0, np.cumsum(ends - starts - 8))
+    begins = raw & 0xC0 != 0x80  # a character
     try:
-        return [item.decode() for item in items]
-    except UnicodeDecodeError:
+        text = raw.tobytes().decode()
+        if not begins[cuts[:-1][cuts[:-1] < cuts[1:]]].all():
+            raise ValueError
+    except ValueError:
+        items = [blob[start:end] for start, end in zip((starts + 8).tolist(), ends.tolist(), strict=True)]
         return [item.decode("utf-8", "surrogateescape") for item in items]
+    index = np.int32 if len(raw) < 1 << 31 else np.int64  # new memory is what this costs
+    at = np.append(index(0), np.cumsum(begins, dtype=index))[cuts].tolist()
+    return [text[start:end] for start, end in pairwise(at)]
 
 
 def make_index(tokens: list[str]) -> dict[str, int]:
