@@ -1,6 +1,6 @@
 """Run the kernels for AVX-512 on an emulated processor: Bochs, which has AVX-512 with VNNI where this machine has not.
 
-    python tools/emulate/bochs.py [--processor icelake|tigerlake|skylake|haswell] [--keep FOLDER] [--spoil]
+    python tools/emulate/bochs.py [--processor icelake|icelake-ymm|tigerlake|skylake|haswell] [--keep FOLDER] [--spoil]
 
 1. tests/simd_cases.py runs here with the family's layouts and other instructions; every program of kernels is recorded
    with the memory before and after (record.py).
@@ -21,12 +21,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 PROCESSORS = {  # the name here: Bochs's model, LLVM's processor, the family of instructions
     "icelake": ("corei7_icelake_u", "icelake-client", "avx512vnni"),
     "tigerlake": ("tigerlake", "tigerlake", "avx512vnni"),
     "skylake": ("corei7_skylake_x", "skylake-avx512", "avx512"),
+    "icelake-ymm": ("corei7_icelake_u", "icelake-client", "avxvnni"),  # its vpdpbusd, encoded by EVEX instead of VEX
     "haswell": ("corei7_haswell_4770", "haswell", "avx2"),
 }
 # In gf2p8affineqb, by which LLVM shifts bytes, Bochs 2.7 has the parity the wrong way round: the identity gives ~x.
@@ -121,7 +123,10 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         call("gcc", "-shared", "-fPIC", "-O2", "-o", folder / "arena.so", HERE / "arena.c")
         call(sys.executable, HERE / "record.py", "run", folder, GGUFKIT_SIMD=family)
-        call(sys.executable, HERE / "record.py", "compile", folder, NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=WITHOUT)
+        target: dict[str, Any] = {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": WITHOUT}
+        if args.processor == "icelake-ymm":  # not the best family of that processor
+            target["GGUFKIT_SIMD"] = family
+        call(sys.executable, HERE / "record.py", "compile", folder, **target)
         names = json.loads((folder / "names.json").read_text())
         if args.spoil:
             records = bytearray((folder / "records").read_bytes())
