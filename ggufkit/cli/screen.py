@@ -151,9 +151,9 @@ class compiling:
 
 def _compile_ahead(model: str | None, device: str) -> None:
     """Compile in the background what every model needs, while a model is fetched."""
-    import os
+    from .. import sources
 
-    if device in ("auto", "cpu") and (model or os.environ.get("GGUFKIT_MODEL") or "hf:").startswith("hf:"):
+    if device in ("auto", "cpu") and sources.fetches(model):
         from ggufkit_kernels.cpu import prepare
 
         prepare.prepare(prepare.common(), progress=None if not sys.stderr.isatty() else lambda done, total: None)

@@ -48,6 +48,17 @@ def model(spec: str | os.PathLike[str] | None = None, *, progress: Progress | No
     return path
 
 
+def fetches(spec: str | os.PathLike[str] | None = None) -> bool:
+    """Whether `model` may have to fetch something, which takes a while."""
+    text = os.fspath(spec) if spec is not None else ""
+    text = text or os.environ.get("GGUFKIT_MODEL", "")
+    if text:
+        return text.startswith("hf:")
+    from . import default
+
+    return default.installed() is None and not (default.cache_folder() / default.FILE).exists()
+
+
 def checkpoint(spec: str | os.PathLike[str]) -> Path:
     """The path of what is to be converted: `spec` itself, or the folder of `hf:ORG/REPO`.
 

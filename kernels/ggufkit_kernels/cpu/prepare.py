@@ -27,6 +27,8 @@ from .pack_map import map_of
 Progress = Callable[[int, int], None]  # (kernels compiled, kernels to compile)
 PROCESSES = 4  # that compile at once, at most
 FEW = 3  # kernels that are not worth a process more
+_running: list[subprocess.Popen[bytes]] = []
+_starting = threading.Lock()
 
 
 # -- which -------------------------------------------------------------------------------------------------
@@ -145,14 +147,17 @@ class Preparation:
         if store.CACHE_DIR is None or not sys.executable or getattr(sys, "frozen", False):
             return
         processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        count = min(PROCESSES, processors, len(self.missing) // FEW)
-        names = [entry.name for entry in reversed(self.missing)]
-        for k in range(count - 1):
-            first = k * len(names) // (count - 1)
-            try:
-                self._others.append(_start([*names[first:], *names[:first]]))
-            except OSError:
-                return
+        with _starting:  # another preparation's count, too
+            _running[:] = [other for other in _running if other.poll() is None]
+            count = min(PROCESSES - 1 - len(_running), processors - 1 - len(_running), len(self.missing) // FEW - 1)
+            names = [entry.name for entry in reversed(self.missing)]
+            for k in range(count):
+                first = k * len(names) // count
+                try:
+                    self._others.append(_start([*names[first:], *names[:first]]))
+                except OSError:
+                    return
+                _running.append(self._others[-1])
 
 
 def prepare(entries: Iterable[Entry], progress: Progress | None = None) -> Preparation:
