@@ -29,7 +29,7 @@ from .memory import Arena
 from .pack import Packed
 from .simd import LANES
 from .team import address, default_threads, team
-from .words import float_bits, weight_words
+from .words import CODES, STRIP_NBYTES, float_bits, weight_words
 
 __all__ = ["CpuCache", "CpuOps", "CpuWeight", "default_threads"]
 
@@ -75,6 +75,12 @@ class Plan:
         self.weight_words = weight_words(packed)
         self.prep_key = (self.prep, cols, layout.too_much, packed.table_step)
         self.tail = [address(self.bounds), tokens_per_item, strip_items, prep_tiles]
+
+    def places(self, threads: int) -> list[int]:
+        """Where each thread begins to read the weight, if each takes one item."""
+        first = [int(bound) for bound in self.bounds[:threads]]
+        codes, strip_nbytes = self.weight_words[CODES // 8], self.weight_words[STRIP_NBYTES // 8]
+        return [codes + strip * strip_nbytes for strip in first + [first[0]] * (threads - len(first))]
 
     def scratch_at(self, base: int) -> list[int]:
         """The addresses of the scratch's sections."""

@@ -9,6 +9,12 @@ Two ways, by what the processor has (`FAMILY.dot`):
   scale and one fma: 3 operations beside 8 (or 4).
 - `by_pairs` (AVX2, AVX-512 without VNNI, anything): `vpmaddubsw` adds two products into an int16. They are summed as
   far as they fit, then `vpmaddwd` with the integer scale brings them into int32 for free.
+
+One token reads each weight once, as fast as memory gives it. The processor's own prefetching follows steps of 256
+bytes (4 bits in 16 lanes) by itself; with others it falls behind, and code is prefetched `AHEAD` bytes before it is
+read. Matvec of 5632 x 2048 from memory with it over without, Zen 4, 2 threads, median of 120 pairs: Q5_K 1.41, Q6_K
+1.37-1.54, Q5_0 1.20, Q8_0 1.15, Q3_K 1.05, Q2_K 1.03, Q4_K 0.94, F16 0.95; AVX2's 8 lanes: Q6_K 1.09, Q8_0 1.05, others
+1.02-1.04. 2048 to 12288 bytes are alike; every second line only is worse than none (0.9).
 """
 
 from __future__ import annotations
@@ -32,6 +38,7 @@ from .simd import (
     load_u8,
     mul_f32,
     neg_f32,
+    prefetch_ahead,
     splat_f32,
     splat_i32,
     store_tile,
@@ -60,6 +67,14 @@ from .words import (
 )
 
 
+AHEAD = 3072  # bytes
+
+
+def _follows(code_step: int) -> bool:
+    """Whether the processor's prefetching follows codes by itself."""
+    return LANES == 16 and code_step == 256
+
+
 @family
 def by_pairs(
     values: int,
@@ -81,6 +96,7 @@ def by_pairs(
     number, quads = (0 if wide else 1), (4 if halves else 8)
     code_step, scale_step, d_step = bits * 4 * LANES, LANES * (block // group), LANES * (4 if wide else 2)
     block_step = 2 * d_step if small else d_step
+    ahead = tokens == 1 and not _follows(code_step)
     min_step = {0: scale_step, 4: 0, 6: scale_step // 2}[joined]
     sum_step, start_step = (8 if halves else 4), (4 * (8 // span) if started else 0)
 
@@ -105,6 +121,8 @@ def by_pairs(
                 for _ in range(cols // 32 // chunks):
                     d = load_number(at_d, number)
                     for c in range(chunks):
+                        if ahead:
+                            prefetch_ahead(code, AHEAD, code_step)
                         planes = load_codes(code, bits)
                         total = zeros_i32(tokens)
                         if scaled:
@@ -186,6 +204,7 @@ def by_fours(
     number, quads = (0 if wide else 1), 8 // units
     code_step, scale_step, d_step = bits * QUAD, LANES * (block // group), LANES * (4 if wide else 2)
     block_step = 2 * d_step if small else d_step
+    ahead = tokens == 1 and not _follows(code_step)
     min_step = {0: scale_step, 4: 0, 6: scale_step // 2}[joined]
     sum_step, start_step = 4 * units, (4 * units if started else 0)
 
@@ -209,6 +228,8 @@ def by_fours(
                 for _ in range(cols // 32 // chunks):
                     d = load_number(at_d, number)
                     for c in range(chunks):
+                        if ahead:
+                            prefetch_ahead(code, AHEAD, code_step)
                         planes, group0 = load_codes(code, bits), c // group_chunks * units
                         scale = d
                         if scaled:

@@ -37,6 +37,7 @@ class Step:
     words: list[int]
     level: int  # it may run as soon as all steps of lower levels have
     start_word: int | None  # which of the words is the position
+    matrix: Plan | None = None  # what it reads from memory
 
 
 class Recorder(CpuOps):
@@ -91,11 +92,11 @@ class Recorder(CpuOps):
     # -- steps -------------------------------------------------------------------------------------
 
     def _add(self, function: int, items: int, words: list[int], reads: Iterable[int], writes: Iterable[int],
-             start_word: int | None = None) -> None:  # fmt: skip
+             start_word: int | None = None, matrix: Plan | None = None) -> None:  # fmt: skip
         reads, writes = set(reads), set(writes)
         before = [self._written.get(x, 0) for x in reads | writes] + [self._read.get(x, 0) for x in writes]
         level = 1 + max(before, default=0)
-        self.steps.append(Step(function, items, words, level, start_word))
+        self.steps.append(Step(function, items, words, level, start_word, matrix))
         for x in reads:
             self._read[x] = max(level, self._read.get(x, 0))
         for x in writes:
@@ -127,7 +128,7 @@ class Recorder(CpuOps):
             else:
                 made, made_owner = known[1], self._owner(known[0])
         words = plan.weight_words + call + made + plan.tail
-        self._add(*plan.kernel, words, [source, made_owner], [self._owner(out)])
+        self._add(*plan.kernel, words, [source, made_owner], [self._owner(out)], matrix=plan)
 
     def _launch_attend(self, call: AttendCall, steps: list[tuple[int, int]], reads: Arrays, writes: Arrays) -> None:
         for word, nbytes in (
@@ -189,21 +190,24 @@ class Tape:
                     starts.append(offset + step.start_word)
                 offset += len(step.words)
             place[id(step)] = unique[id(step.words)]
-        size = offset + sum(1 + 3 * len(head) for head in heads)
+        nexts = self._read_next(heads)
+        size = offset + sum(1 + 3 * len(head) for head in heads) + sum(map(len, nexts))
         self._words = np.zeros(size + 8, np.int64)[:size]
         base = address(self._words)
-        for phase in heads:
+        for phase, ahead in zip(heads, nexts, strict=True):
             items = sum(step.items for step in phase)
-            if len(phase) == 1:
-                program += [phase[0].function, place[id(phase[0])], items]
-                continue
-            words, first = [len(phase)], 0
-            for step in phase:
-                words += [step.function, base + 8 * place[id(step)], first]
-                first += step.items
-            groups.append(words)
-            program += [several.address, offset, items]
-            offset += len(words)
+            function, at = phase[0].function, place[id(phase[0])]
+            if len(phase) > 1:
+                words, first = [len(phase)], 0
+                for step in phase:
+                    words += [step.function, base + 8 * place[id(step)], first]
+                    first += step.items
+                groups.append(words)
+                function, at = several.address, offset
+                offset += len(words)
+            program += [function, at, items, offset if ahead else 0]
+            groups.append(ahead)
+            offset += len(ahead)
         flat = [len(heads), *program]
         for group in groups:
             flat += group
@@ -211,6 +215,23 @@ class Tape:
         self._program_at = base
         self._starts = np.array(starts, np.int64)
         self.shared = any(sum(step.items for step in head) > 1 for head in heads)
+
+    def _read_next(self, heads: list[list[Step]]) -> list[list[int]]:
+        """What is said with each phase of what is read next: a number, and where each thread begins; or nothing."""
+        out: list[list[int]] = []
+        following: list[int] = []
+        for phase in reversed(heads):
+            shared, matrix = sum(step.items for step in phase) > 1, phase[0].matrix
+            out.append(following if shared else [])
+            if matrix is not None:
+                places = matrix.places(self.team.threads)
+                following = [len(places), *places]
+        out.reverse()
+        said: list[int] = []
+        for k, words in enumerate(out):  # each is said once
+            out[k] = [] if words == said else words
+            said = words or said
+        return out
 
     def fits(self, ops: CpuOps, network: Callable, config: Any, weights: Any, cache: CpuCache) -> bool:
         """Whether it is the forward of this network with the cache where it was."""

@@ -10,6 +10,10 @@ a sleeping or descheduled worker costs its help and nothing else. The caller ret
 Workers are Python threads inside a compiled loop without the GIL. They look for work for about a millisecond
 after the last, then sleep until the next program.
 
+One token's program is bound by memory, which has nothing to do while small kernels run or somebody's last item is
+awaited. So a kernel may come with *what is read next*: an address for each thread, of whose bytes a thread without work
+prefetches up to AHEAD_NBYTES. Wrong or stale addresses do no harm: prefetching faults nowhere.
+
 Why not Numba's prange: on OpenMP a launch costs 1.6 µs, but where libgomp is missing Numba takes its
 `workqueue`, 100 µs, which aborts the process when two Python threads enter at once. A launch here is below
 1 µs everywhere, callers from several Python threads take turns, and a forked child works alone.
@@ -28,13 +32,16 @@ from typing import Any
 import numpy as np
 
 from .jit import kernel, lazy
-from .simd import add_atomic, call, get_i64, give_way, load_acquire, pause, store_release, swap_if
+from .simd import add_atomic, call, get_i64, give_way, load_acquire, pause, prefetch_ahead, store_release, swap_if
 
 # The mailbox: int64 words, those that different threads write 64 bytes apart. At byte 0 the ticket (counter of
-# kernels << 32 | next item), at 64 the kernel's function, args and number of items, at 128 the items done.
-MAIL_WORDS = 32
+# kernels << 32 | next item), at 64 the kernel's function, args and number of items, at 128 the items done, at 192 a
+# counter of what is read next, from 200 on an address for each thread.
+MAIL_WORDS = 25
 LOW = 0xFFFFFFFF  # as the next item: closed, nothing to take
 SPINS = 20_000  # rounds without work, ~40 ns each, before a worker sleeps
+AHEAD_NBYTES = 256 << 10  # a thread's share of what is read next: it has to stay in the second-level cache
+AHEAD_STEP = 512  # bytes between two looks for work
 
 
 @kernel
@@ -48,7 +55,7 @@ def wait(rounds):
 @lazy
 def serve(mail, worker, spins):
     """A worker's loop: take items while there are any; return after `spins` rounds without one."""
-    idle = 0
+    idle, seen, at, end = 0, 0, 0, 0
     while idle < spins:
         ticket = load_acquire(mail)
         item = ticket & 0xFFFFFFFF
@@ -60,16 +67,25 @@ def serve(mail, worker, spins):
                 idle = 0
                 continue
         idle += 1
-        wait(idle)
+        if load_acquire(mail + 192) != seen:
+            seen, at = load_acquire(mail + 192), load_acquire(mail + 200 + 8 * worker)
+            end = at + AHEAD_NBYTES
+        if at < end:
+            prefetch_ahead(at, 0, AHEAD_STEP)
+            at += AHEAD_STEP
+        else:
+            wait(idle)
 
 
 @lazy
 def run_program(mail, program, alone):
-    """Run a program's kernels. Words: how many, then (function, words to its args, items) of each."""
+    """Run a program's kernels. Words: how many, then (function, words to its args, items, words to what is read next)
+    of each; the last is 0, or leads to a number and an address for each thread."""
     for step in range(get_i64(program)):
-        function = get_i64(program + 8 + 24 * step)
-        args = program + 8 * get_i64(program + 16 + 24 * step)
-        items = get_i64(program + 24 + 24 * step)
+        function = get_i64(program + 8 + 32 * step)
+        args = program + 8 * get_i64(program + 16 + 32 * step)
+        items = get_i64(program + 24 + 32 * step)
+        ahead = get_i64(program + 32 + 32 * step)
         if alone or items == 1:
             for item in range(items):
                 call(function, args, item, 0)
@@ -80,6 +96,14 @@ def run_program(mail, program, alone):
         store_release(mail + 80, items)
         opened = (((load_acquire(mail) >> 32) + 1) & 0x7FFFFFFF) << 32
         store_release(mail, opened)
+        at = 0
+        if ahead:
+            ahead = program + 8 * ahead
+            at = get_i64(ahead + 8)
+            for k in range(get_i64(ahead)):
+                store_release(mail + 200 + 8 * k, get_i64(ahead + 8 + 8 * k))
+            store_release(mail + 192, load_acquire(mail + 192) + 1)
+        end = at + AHEAD_NBYTES
         while True:
             ticket = load_acquire(mail)
             item = ticket & 0xFFFFFFFF
@@ -90,6 +114,10 @@ def run_program(mail, program, alone):
                 add_atomic(mail + 128, 1)
         waited = 0
         while load_acquire(mail + 128) < items:
+            if ahead and at < end:
+                prefetch_ahead(at, 0, AHEAD_STEP)
+                at += AHEAD_STEP
+                continue
             waited += 1
             wait(waited)
         # Closed: no worker may take an item while the next kernel's words are written.
@@ -116,14 +144,14 @@ def address(x: Any) -> int:
 
 def program_words(kernels: int) -> int:
     """Words of a program's head."""
-    return 1 + 3 * kernels
+    return 1 + 4 * kernels
 
 
 def program(steps: Sequence[tuple[int, int]]) -> list[int]:
     """The head of a program whose kernels (address, items) share the words that follow it."""
     head = [len(steps)]
     for function, items in steps:
-        head += (function, 1 + 3 * len(steps), items)
+        head += (function, program_words(len(steps)), items, 0)
     return head
 
 
@@ -138,7 +166,7 @@ class Team:
     def __init__(self, threads: int):
         self.threads = threads
         self.lock = threading.RLock()
-        words = np.zeros(MAIL_WORDS + 8, np.int64)
+        words = np.zeros(MAIL_WORDS + threads + 8, np.int64)
         skip = -words.ctypes.data % 64 // 8
         self._words = words[skip:]
         self._words[0] = LOW

@@ -348,18 +348,33 @@ def scatter(typingctx: Any, at: Any, stride: Any, value: Any) -> Any:
     return types.void(address, types.int64, value), codegen
 
 
+def _prefetch(builder: Any, at: Any, locality: int) -> None:
+    """The line at an address into the cache of a level: 3 the first, 2 the second."""
+    pointer = builder.inttoptr(at, I8.as_pointer())
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(locality), I32(1))
+
+
 @intrinsic
 def prefetch(typingctx: Any, at: Any) -> Any:
     """Have the 64 bytes at an address, which may be any, come into the second-level cache."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(args[0], I8.as_pointer())
-        fnty = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
-        callee = cgutils.get_or_insert_function(builder.module, fnty, "llvm.prefetch.p0")
-        builder.call(callee, [pointer, I32(0), I32(2), I32(1)])
+        _prefetch(builder, args[0], 2)
         return context.get_dummy_value()
 
     return types.void(address), codegen
+
+
+@intrinsic(prefer_literal=True)
+def prefetch_ahead(typingctx: Any, at: Any, distance: Any, nbytes: Any) -> Any:
+    """Have the `nbytes` bytes at `at + distance` (constants), which may be anywhere, come into the first-level cache."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        for k in range(0, nbytes.literal_value, 64):
+            _prefetch(builder, offset(builder, args[0], distance.literal_value + k), 3)
+        return context.get_dummy_value()
+
+    return types.void(address, distance, nbytes), codegen
 
 
 @intrinsic
