@@ -102,8 +102,20 @@ def flip(builder: Any, value: Any) -> Any:
     return builder.xor(value, const(value.type, -128))
 
 
-def quad(builder: Any, codes: Any, bits: int, q: int) -> Any:
-    """Quad q (0…7) out of the bit planes, one code a byte."""
+def places(bits: int) -> int:
+    """How many quads share a vector of a layout's only plane, each some bits higher than the one before; else 1."""
+    return 8 // bits if bits in (1, 2, 4) else 1
+
+
+def quad(builder: Any, codes: Any, bits: int, q: int, shifted: bool = True) -> Any:
+    """Quad q (0…7) out of the bit planes, one code a byte.
+
+    Of a layout with a single plane it may stay at its place in the byte (`shifted` false): the code times a power of 2,
+    whose exponent is `bits` times its place q // (8 // places(bits)).
+    """
+    if not shifted and places(bits) > 1:
+        place, which = divmod(q, 8 // places(bits))
+        return builder.and_(builder.extract_value(codes, which), const(VECTOR["u8"], ((1 << bits) - 1) << bits * place))
     out, first, low = None, 0, 0
     for width in planes(bits):
         per_vector = 8 // width  # quads that share a vector: one each `width` bits

@@ -37,6 +37,7 @@ from .products import (
     madd_bytes,
     madd_words,
     magnitude,
+    places,
     quad,
     times_sign,
 )
@@ -164,24 +165,34 @@ def _fours(builder: Any, tokens: int, codes: Any, table: Any, at: Any, form: Any
     unsigned = FAMILY.dot == "u8s8"
     if table is not None and unsigned:
         table = flip(builder, table)
-    # One token's sum would wait for itself at every step: two take turns
-    ways = 2 if tokens == 1 else 1
-    sums = [ir.Constant(VECTOR["i32"], None)] * (ways * tokens)
+    # One token's sum would wait for itself at every step, so several take turns; best one for each place that codes
+    # have in their bytes: then the sums are shifted, which is exact, and not the codes.
+    stay = tokens == 1 and kind == 0 and unsigned and places(bits) > 1
+    per_place = 8 // places(bits)
+    order = range(first, first + quads)
+    ways = [(q - first) // per_place if stay else q % 2 if tokens == 1 else 0 for q in order]
+    sums = [ir.Constant(VECTOR["i32"], None)] * ((1 + max(ways)) * tokens)
     if started:
         for t in range(tokens):
             one = offset(builder, token(builder, starts, starts_stride, t), 4 * (first // quads))
-            sums[t] = splat(builder, load(builder, one, I32), LANES)
+            start = splat(builder, load(builder, one, I32), LANES)
+            sums[t] = builder.shl(start, const(start.type, bits * (first // per_place))) if stay else start
     dot = dot_u8s8 if unsigned else dot_s8s8
-    for q in range(first, first + quads):
-        value = quad(builder, codes, bits, q)
+    for q, way in zip(order, ways, strict=True):
+        value = quad(builder, codes, bits, q, shifted=not stay)
         if table is not None:
             value = lookup(builder, table, value)
         elif kind == 1 and unsigned:
             value = flip(builder, value)
         for t in range(tokens):
-            k = q % ways * tokens + t
+            k = way * tokens + t
             sums[k] = dot(builder, sums[k], value, input_quad(builder, x, stride, t, q))
-    return sums if ways == 1 else [builder.add(*sums)]
+    if stay:
+        by = [bits * (first // per_place + way) for way in range(len(sums))]
+        sums = [builder.ashr(x, const(x.type, n)) if n else x for x, n in zip(sums, by, strict=True)]
+    while len(sums) > tokens:
+        sums = [builder.add(a, b) for a, b in zip(sums[::2], sums[1::2], strict=True)]
+    return sums
 
 
 @intrinsic(prefer_literal=True)

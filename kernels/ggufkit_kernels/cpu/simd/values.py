@@ -13,6 +13,7 @@ from numba.extending import intrinsic as _intrinsic
 from .build import (
     FLOAT,
     I8,
+    I16,
     I32,
     I64,
     VECTOR,
@@ -117,21 +118,21 @@ def _bytes(builder: Any, at: Any, group: Any, signed: bool) -> Any:
 
 
 def _joined(builder: Any, at: Any, high_at: Any, group: Any, bits: int, minimum: int) -> Any:
-    """Scales or minima that share bytes: see pack.py."""
+    """Scales or minima that share bytes: see pack.py. All on bytes, a quarter of a vector; x86 shifts them as words."""
+    words, lanes = ir.VectorType(I16, LANES // 2), ir.VectorType(I8, LANES)
 
-    def same(value: int) -> Any:
-        return const(VECTOR["i32"], value)
+    def masked(x: Any, mask: int) -> Any:
+        return builder.and_(builder.bitcast(x, lanes), const(lanes, mask))
 
-    low = _bytes(builder, at, group, False)
-    low = builder.lshr(low, same(4)) if minimum else builder.and_(low, same(15))
-    if bits == 4:
-        return low
-    one = ir.Constant(I64, 1)
-    odd = builder.trunc(builder.and_(group, one), I32)
-    by = builder.add(builder.shl(odd, ir.Constant(I32, 2)), ir.Constant(I32, 2 * minimum))
-    high = _bytes(builder, high_at, builder.lshr(group, one), False)
-    high = builder.and_(builder.lshr(high, splat(builder, by, LANES)), same(3))
-    return builder.or_(low, builder.shl(high, same(4)))
+    low = load(builder, builder.add(at, builder.mul(group, ir.Constant(I64, LANES))), words)
+    out = masked(builder.lshr(low, const(words, 4)) if minimum else low, 15)
+    if bits == 6:
+        one = ir.Constant(I64, 1)
+        where = builder.mul(builder.lshr(group, one), ir.Constant(I64, LANES))
+        odd = builder.trunc(builder.shl(builder.and_(group, one), ir.Constant(I64, 2)), I16)
+        high = builder.lshr(load(builder, builder.add(high_at, where), words), splat(builder, odd, LANES // 2))
+        out = builder.or_(out, masked(builder.shl(high, const(words, 2 if minimum else 4)), 0x30))
+    return builder.zext(out, VECTOR["i32"])
 
 
 @intrinsic(prefer_literal=True)
