@@ -36,6 +36,7 @@ from .simd import (
     load_f32,
     max_f32,
     mul_f32,
+    prefetch,
     put_f16,
     put_f32,
     splat_f32,
@@ -154,6 +155,16 @@ def merge(into, part, queries, padded):
 
 
 @kernel
+def scaled(x, factor, out, n):
+    """out = x * factor, n floats each."""
+    all_lanes, whole = splat_f32(factor), n // LANES * LANES
+    for i in range(0, whole, LANES):
+        store_f32(out + 4 * i, mul_f32(load_f32(x + 4 * i), all_lanes))
+    for i in range(whole, n):
+        put_f32(out + 4 * i, get_f32(x + 4 * i) * factor)
+
+
+@kernel
 def finish(args, head, first, count, part, queries):
     """Write a tile's outputs: weighted values over their sum."""
     n_heads, dim, padded = get_i64(args + N_HEADS), get_i64(args + HEAD_DIM), get_i64(args + PADDED_DIM)
@@ -161,9 +172,7 @@ def finish(args, head, first, count, part, queries):
     for j in range(count):
         which = first + j
         out = get_i64(args + OUT) + 4 * (which // group * n_heads + head * group + which % group) * dim
-        factor = np.float32(1.0) / get_f32(part + 4 * (queries + j))
-        for i in range(dim):
-            put_f32(out + 4 * i, get_f32(part + 4 * (2 * queries + j * padded + i)) * factor)
+        scaled(part + 4 * (2 * queries + j * padded), np.float32(1.0) / get_f32(part + 4 * (queries + j)), out, dim)
 
 
 @kernel
@@ -199,8 +208,7 @@ def gather(args, head, first, count, query, queries):
     for j in range(queries):
         which = first + min(j, count - 1)
         x = get_i64(args + QUERY) + 4 * (which // group * n_heads + head * group + which % group) * dim
-        for i in range(dim):
-            put_f32(query + 4 * (j * dim + i), get_f32(x + 4 * i) * scale)
+        scaled(x, scale, query + 4 * j * dim, dim)
 
 
 @family
@@ -232,6 +240,20 @@ def attend(queries: int) -> Callable:
     return attend
 
 
+@kernel
+def fetch_split(args, head, p0, padded):
+    """Prefetch the keys and values of a split: one token reads them once, after all weights passed through the caches."""
+    count = min(get_i64(args + START) + 1 - p0, SPLIT)
+    at = get_i64(args + KEYS) + 2 * (head * get_i64(args + POSITIONS) + p0) * get_i64(args + HEAD_DIM)
+    for i in range(0, 2 * count * get_i64(args + HEAD_DIM), 64):
+        prefetch(at + i)
+    for column in range(padded // (2 * LANES)):
+        place = (head * padded // (2 * LANES) + column) * get_i64(args + POSITIONS) + p0
+        at = get_i64(args + VALUES) + 4 * LANES * place
+        for i in range(0, 4 * LANES * count, 64):
+            prefetch(at + i)
+
+
 @family
 def attend_split(queries: int) -> Callable:
     """Kernel: attention of one token; an item is one key head and one split, for all tiles of its queries."""
@@ -242,6 +264,7 @@ def attend_split(queries: int) -> Callable:
         group, tiles = get_i64(args + N_HEADS) // kv_heads, get_i64(args + QUERY_ITEMS)
         head, split = item % kv_heads, item // kv_heads
         if split * SPLIT <= get_i64(args + START):
+            fetch_split(args, head, split * SPLIT, padded)
             scores = get_i64(args + SCRATCH) + worker * get_i64(args + SCRATCH_NBYTES)
             query = scores + queries * SCORE_NBYTES
             for tile in range(tiles):
