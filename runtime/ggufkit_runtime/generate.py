@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import threading
 import time
@@ -128,14 +129,15 @@ class Model:
         ids = np.asarray(ids, dtype=np.int64)
         if ids.ndim != 1 or not len(ids):
             raise UsageError("a forward needs at least one token")
-        if ids.min() < 0 or ids.max() >= self.config.n_vocab:
-            raise UsageError(f"token ids are 0 to {self.config.n_vocab - 1}, not {ids.min()} to {ids.max()}")
+        low, high = (ids[0], ids[0]) if len(ids) == 1 else (ids.min(), ids.max())
+        if low < 0 or high >= self.config.n_vocab:
+            raise UsageError(f"token ids are 0 to {self.config.n_vocab - 1}, not {low} to {high}")
         if cache.length + len(ids) > cache.n_ctx:
             raise UsageError(f"{cache.length + len(ids)} tokens do not fit a context of {cache.n_ctx}")
         logits = self.ops.to_numpy(
             self.ops.forward(self.architecture.forward, self.config, self.weights, ids, cache, first)
         )
-        if not np.isfinite(logits.max(axis=1)).all():
+        if not (math.isfinite(logits.max()) if len(logits) == 1 else np.isfinite(logits.max(axis=1)).all()):
             raise FormatError(f"{self.info.name}: the network's output is NaN or infinite: its weights are broken")
         return logits
 

@@ -1,5 +1,7 @@
 """Kernels that touch each value once: rmsnorm, rope, swiglu, add, embed. An item is some rows, or some values.
 
+`begin` and `end` are what a recorded token (tape.py) begins and ends with: what Python would write and copy.
+
 Args are int64 words, by index, listed in each kernel's docstring. float32 throughout.
 """
 
@@ -25,6 +27,7 @@ from .simd import (
     mul_f32,
     neg_f32,
     put_f32,
+    put_i64,
     splat_f32,
     store_f32,
     sum_f32,
@@ -86,6 +89,32 @@ def rope(args, item, worker):
                     c, s = get_f32(cos + 4 * i), get_f32(sin + 4 * i)
                     put_f32(x + 4 * i, a * c - b * s)
                     put_f32(y + 4 * i, a * s + b * c)
+
+
+@lazy
+def begin(args, item, worker):
+    """Write a token's id, position and rotary angles to where they are read. Words: token, position, (out), where the
+    id goes, (logits, values), how many places take the position, address of their addresses, how many tables of
+    angles, and for each: its rows, where one goes, floats a row."""
+    position = get_i64(args + 8)
+    put_i64(get_i64(args + 24), get_i64(args))
+    places = get_i64(args + 56)
+    for k in range(get_i64(args + 48)):
+        put_i64(get_i64(places + 8 * k), position)
+    for k in range(get_i64(args + 64)):
+        rows, out, floats = get_i64(args + 72 + 24 * k), get_i64(args + 80 + 24 * k), get_i64(args + 88 + 24 * k)
+        for i in range(floats):
+            put_f32(out + 4 * i, get_f32(rows + 4 * (position * floats + i)))
+
+
+@lazy
+def end(args, item, worker):
+    """Copy a token's logits. Words as in `begin`."""
+    out, x, n = get_i64(args + 16), get_i64(args + 32), get_i64(args + 40)
+    for i in range(0, n // LANES * LANES, LANES):
+        store_f32(out + 4 * i, load_f32(x + 4 * i))
+    for i in range(n // LANES * LANES, n):
+        put_f32(out + 4 * i, get_f32(x + 4 * i))
 
 
 @lazy

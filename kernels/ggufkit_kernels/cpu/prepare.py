@@ -37,7 +37,7 @@ _starting = threading.Lock()
 def common() -> list[Entry]:
     """What every network needs, whatever its types."""
     found = [team.run_program, team.serve, team.several, attention.append, elementwise.rmsnorm, elementwise.rope]
-    found += [elementwise.swiglu, elementwise.add]
+    found += [elementwise.swiglu, elementwise.add, elementwise.begin, elementwise.end]
     for tile in sorted({4, attention.QUERIES}):
         found += [attention.join.entry(tile), attention.attend_split.entry(tile), attention.attend.entry(tile)]
     return found

@@ -3,7 +3,9 @@
 A network calls the backend some 450 times a token (SmolLM2-135M), and each call costs 5 to 10 µs of Python: checks,
 allocation, addresses. For one token all of that is the same every time but for the token's id, its position and the
 rotary angles. `replay` records the calls of a forward, with buffers of its own for the results, and from then on
-writes those three into place and runs the whole program on the team of threads.
+runs the whole program on the team of threads. Writing those three into place and copying the logits is its first and
+its last kernel, with angles from a table: a model's weights pass through the caches with every token, and leave nothing
+of Python's and NumPy's in them, so that a call that takes 1 µs in a loop takes 10 here.
 
 Recording also sees what a single call cannot: which kernels depend on which. Kernels that do not (the projections
 of q, k and v; gate and up) become one phase, whose items the threads share without waiting in between; inputs that
@@ -14,6 +16,7 @@ The arithmetic is that of the separate calls, kernel for kernel: the same result
 
 from __future__ import annotations
 
+import struct
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,9 +26,13 @@ import numpy as np
 from ggufkit_formats.errors import UsageError
 
 from . import attention
+from .elementwise import begin, end
 from .ops import Arrays, AttendCall, CpuCache, CpuOps, CpuWeight, Plan
 from .pack import aligned
 from .team import address, program_words, several
+
+
+_CALL = struct.Struct("3q")  # token, position, where its logits go
 
 
 @dataclass
@@ -47,7 +54,7 @@ class Recorder(CpuOps):
         self.threads, self.team = ops.threads, ops.team
         self.steps: list[Step] = []
         self.keep: list[Any] = []  # whatever the words hold addresses of
-        self.rotations: list[tuple[np.ndarray, float, np.ndarray, np.ndarray]] = []
+        self.rotations: list[tuple[np.ndarray, float, np.ndarray]] = []  # frequencies, factor, where the angles are
         self.n_vocab = 0
         self._pool: set[int] = set()
         self._free: dict[int, list[np.ndarray]] = {}
@@ -143,12 +150,14 @@ class Recorder(CpuOps):
     # -- what differs from token to token ------------------------------------------------------------
 
     def _rotations(self, start: int, n: int, freqs: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
-        for known, factor, cos, sin in self.rotations:
+        pairs = len(freqs)
+        for known, factor, angles in self.rotations:
             if known is freqs and factor == scale:
-                return cos, sin
-        cos, sin = np.zeros((n, len(freqs)), np.float32), np.zeros((n, len(freqs)), np.float32)
-        self.rotations.append((freqs, scale, cos, sin))
-        return cos, sin
+                break
+        else:
+            angles = np.zeros((n, 2 * pairs), np.float32)
+            self.rotations.append((freqs, scale, angles))
+        return angles[:, :pairs], angles[:, pairs:]
 
     def embed(self, weight: CpuWeight, ids: np.ndarray) -> np.ndarray:
         """As in CpuOps; the ids are checked when the tape runs."""
@@ -164,11 +173,21 @@ class Tape:
         self._network, self._config, self._weights, self._positions = network, config, weights, cache.positions
         self._ids = np.zeros(1, np.int64)
         recorder = Recorder(ops)
-        self._out = network(config, weights, recorder, self._ids, cache, 0)
-        self._keep, self._rotations, self._n_vocab = recorder.keep, recorder.rotations, recorder.n_vocab
-        self._lay_out(recorder.steps)
+        out = network(config, weights, recorder, self._ids, cache, 0)
+        self._n_vocab = recorder.n_vocab
+        # What `begin` and `end` are told, but for the token, its position, its logits, and the places of the position
+        call = [0, 0, 0, address(self._ids), address(out), out.size, 0, 0, len(recorder.rotations)]
+        self._keep = [out, recorder.keep, recorder.rotations]
+        for freqs, scale, angles in recorder.rotations:
+            rows = rotations(np.arange(cache.positions), freqs, scale)
+            call += [address(rows), address(angles), angles.size]
+            self._keep.append(rows)
+        steps = recorder.steps
+        steps.insert(0, Step(begin.address, 1, call, 0, None))
+        steps.append(Step(end.address, 1, call, 1 + max(step.level for step in steps), None))
+        self._lay_out(steps, call)
 
-    def _lay_out(self, steps: list[Step]) -> None:
+    def _lay_out(self, steps: list[Step], call: list[int]) -> None:
         """Write the program: head, then a group of words for each kernel and for each phase of several."""
         phases: dict[int, list[Step]] = {}
         for step in steps:
@@ -213,7 +232,10 @@ class Tape:
             flat += group
         self._words[: len(flat)] = flat
         self._program_at = base
-        self._starts = np.array(starts, np.int64)
+        self._starts = base + 8 * np.array(starts, np.int64)
+        self._call_at = 8 * unique[id(call)]
+        self._words[unique[id(call)] + 6 : unique[id(call)] + 8] = len(starts), self._starts.ctypes.data
+        self._bytes = memoryview(self._words).cast("B")
         self.shared = any(sum(step.items for step in head) > 1 for head in heads)
 
     def _read_next(self, heads: list[list[Step]]) -> list[list[int]]:
@@ -239,18 +261,25 @@ class Tape:
         return all(same) and self._positions == cache.positions
 
     def run(self, token: int, start: int) -> np.ndarray:
-        """The forward of one token at a position: logits (1, n_vocab), a copy."""
+        """The forward of one token at a position: logits (1, n_vocab)."""
         if not 0 <= token < self._n_vocab:
             raise UsageError(f"token id {token} is outside 0…{self._n_vocab - 1}")
+        out = np.empty((1, self._n_vocab), np.float32)
         with self.team.lock:
-            self._ids[0] = token
-            self._words[self._starts] = start
-            for freqs, scale, cos, sin in self._rotations:
-                angle = start * np.asarray(freqs, dtype=np.float64)
-                np.multiply(np.cos(angle), scale, out=cos[0], casting="same_kind")
-                np.multiply(np.sin(angle), scale, out=sin[0], casting="same_kind")
+            _CALL.pack_into(self._bytes, self._call_at, token, start, address(out))
             self.team.run_at(self._program_at, self.shared)
-            return self._out.copy()
+        return out
+
+
+def rotations(positions: np.ndarray, freqs: np.ndarray, scale: float) -> np.ndarray:
+    """Cosines, then sines, (n, 2 pairs) float32, of angles in float64."""
+    out = np.empty((len(positions), 2 * len(freqs)), np.float32)
+    for first in range(0, len(positions), 4096):  # bounds what float64 takes
+        angle = positions[first : first + 4096, None] * np.asarray(freqs, dtype=np.float64)
+        rows = out[first : first + 4096]
+        np.multiply(np.cos(angle), scale, out=rows[:, : len(freqs)], casting="same_kind")
+        np.multiply(np.sin(angle), scale, out=rows[:, len(freqs) :], casting="same_kind")
+    return out
 
 
 def replay(ops: CpuOps, network: Callable, config: Any, weights: Any, ids: np.ndarray, cache: CpuCache) -> np.ndarray:
