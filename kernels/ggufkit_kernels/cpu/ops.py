@@ -27,6 +27,7 @@ from .matmul import (
 )
 from .memory import Arena
 from .pack import Packed
+from .plain_matmul import COLUMNS
 from .simd import LANES
 from .team import address, default_threads, team
 from .words import CODES, STRIP_NBYTES, float_bits, weight_words
@@ -49,7 +50,8 @@ class Plan:
         plain = layout.is_plain
         tile = PLAIN_TOKENS if plain else TOKENS
         tile = tile if n >= tile else 1
-        tokens_per_item = max(tile, TOKEN_BLOCK_NBYTES // (cols * (4 if plain else 1)) // tile * tile)
+        token_nbytes = 4 * min(cols, COLUMNS) if plain else cols  # of an input that is gone over at a time
+        tokens_per_item = max(tile, TOKEN_BLOCK_NBYTES // token_nbytes // tile * tile)
         token_items = -(-n // tokens_per_item)
         self.bounds = np.array(_bounds(packed, token_items if n > 1 else 0, threads), np.int64)
         strip_items = len(self.bounds) - 1

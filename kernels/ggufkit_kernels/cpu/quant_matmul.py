@@ -177,9 +177,8 @@ def by_pairs(
                         start, sums = start + start_step * tokens, sums + sum_step * tokens
                     at_d, at_dmin = at_d + block_step, at_dmin + block_step
                     at_scale, at_min = at_scale + scale_step, at_min + min_step
-                store_tile(
-                    acc, bias, get_i64(args + OUT) + 4 * (t * rows + strip * LANES), 4 * rows, rows - strip * LANES
-                )
+                out = get_i64(args + OUT) + 4 * (t * rows + strip * LANES)
+                store_tile(acc, bias, out, 4 * rows, rows - strip * LANES, 0)
 
     return packed
 
@@ -257,8 +256,7 @@ def by_fours(
                         start, sums = start + start_step * tokens, sums + sum_step * tokens
                     at_d, at_dmin = at_d + block_step, at_dmin + block_step
                     at_scale, at_min = at_scale + scale_step, at_min + min_step
-                store_tile(
-                    acc, bias, get_i64(args + OUT) + 4 * (t * rows + strip * LANES), 4 * rows, rows - strip * LANES
-                )
+                out = get_i64(args + OUT) + 4 * (t * rows + strip * LANES)
+                store_tile(acc, bias, out, 4 * rows, rows - strip * LANES, 0)
 
     return packed

@@ -280,15 +280,14 @@ def add_columns(typingctx: Any, acc: Any, w: Any, x: Any, kind: Any) -> Any:
 
 
 @intrinsic
-def store_tile(typingctx: Any, acc: Any, added: Any, at: Any, stride: Any, rows: Any) -> Any:
-    """Store acc[t] + added (one vector) at `at + t * stride`, the first `rows` lanes only."""
+def store_tile(typingctx: Any, acc: Any, added: Any, at: Any, stride: Any, rows: Any, skip: Any) -> Any:
+    """Store acc[t] + added (one vector) at `at + t * stride`, the first `rows` lanes only, from t = `skip` on."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         ty = VECTOR["f32"]
         full = builder.icmp_signed(">=", args[4], ir.Constant(I64, LANES))
+        full = builder.and_(full, builder.icmp_signed("==", args[5], ir.Constant(I64, 0)))
         lanes = ir.Constant(VECTOR["i32"], list(range(LANES)))
-        count = splat(builder, builder.trunc(args[4], I32), LANES)
-        mask = builder.icmp_signed("<", lanes, count)
         values = [builder.fadd(a, args[1]) for a in _parts(builder, args[0])]
         with builder.if_else(full) as (whole, ragged):
             with whole:
@@ -296,12 +295,33 @@ def store_tile(typingctx: Any, acc: Any, added: Any, at: Any, stride: Any, rows:
                     store(builder, token(builder, args[2], args[3], t), value)
             with ragged:
                 for t, value in enumerate(values):
+                    kept = builder.icmp_signed("<=", args[5], ir.Constant(I64, t))
+                    count = splat(builder, builder.trunc(builder.select(kept, args[4], I64(0)), I32), LANES)
+                    mask = builder.icmp_signed("<", lanes, count)
                     to = builder.inttoptr(token(builder, args[2], args[3], t), ty.as_pointer())
                     name = f"llvm.masked.store.v{LANES}f32.p0"
                     call(builder, name, ir.VoidType(), value, to, ir.Constant(I32, 1), mask)
         return context.get_dummy_value()
 
-    return types.void(acc, f32, address, address, types.int64), codegen
+    return types.void(acc, f32, address, address, types.int64, types.int64), codegen
+
+
+@intrinsic
+def load_tile(typingctx: Any, like: Any, at: Any, stride: Any, rows: Any) -> Any:
+    """A tile like `like` from `at + t * stride`, 0 beyond the first `rows` lanes: what `store_tile` stored."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        ty = VECTOR["f32"]
+        lanes = ir.Constant(VECTOR["i32"], list(range(LANES)))
+        mask = builder.icmp_signed("<", lanes, splat(builder, builder.trunc(args[3], I32), LANES))
+        out = []
+        for t in range(like.count):
+            place = builder.inttoptr(token(builder, args[1], args[2], t), ty.as_pointer())
+            name = f"llvm.masked.load.v{LANES}f32.p0"
+            out.append(call(builder, name, ty, place, ir.Constant(I32, 1), mask, ir.Constant(ty, None)))
+        return _tile(builder, args[0].type, out)
+
+    return like(like, address, address, types.int64), codegen
 
 
 @intrinsic(prefer_literal=True)
