@@ -4,9 +4,9 @@ Weights are widened to float32 in registers, inputs are never rounded. One token
 since one sum alone would wait for itself; many tokens take interleaved inputs (see inputs.py) in tiles of 8.
 
 Many tokens go over the columns by blocks of COLUMNS, sums so far waiting in `out`: a strip's block and a tile's block
-are 32 KB each, and the inputs of an item's tokens stay in the second-level cache while all its strips pass. Zen 4, one
-thread, 512 tokens: 2048 x 5632 in whole rows, of which 8 tokens were all that fitted: 81 GOP/s; by blocks: 105, where
-512-bit FMA does at most 117. The sums' order is the same.
+are 32 KB each, and the inputs of an item's tokens stay in the second-level cache while all its strips pass. The sums'
+order stays. Zen 4, two threads, 512 tokens x 5632 columns: 168-196 GOP/s where 8 whole inputs were all that fitted,
+200-205 by blocks; 512-bit FMA does 230 at most.
 """
 
 
