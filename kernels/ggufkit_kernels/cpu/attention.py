@@ -242,7 +242,7 @@ def attend(queries: int) -> Callable:
 
 @kernel
 def fetch_split(args, head, p0, padded):
-    """Prefetch the keys and values of a split: one token reads them once, after all weights passed through the caches."""
+    """Prefetch a split's keys and values: one token reads them once, after all weights passed through the caches."""
     count = min(get_i64(args + START) + 1 - p0, SPLIT)
     at = get_i64(args + KEYS) + 2 * (head * get_i64(args + POSITIONS) + p0) * get_i64(args + HEAD_DIM)
     for i in range(0, 2 * count * get_i64(args + HEAD_DIM), 64):

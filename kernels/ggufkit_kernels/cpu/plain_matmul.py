@@ -9,7 +9,6 @@ order stays. Zen 4, two threads, 512 tokens x 5632 columns: 168-196 GOP/s where 
 200-205 by blocks; 512-bit FMA does 230 at most.
 """
 
-
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -61,7 +60,9 @@ def plain_matmul(number: int, tokens: int) -> Callable:
                 if last_col == cols:
                     bias = bias_of(args, strip)
                 for first in range(token0, token1, tokens):
-                    t = min(first, n - tokens)  # the last tile may repeat tokens of the one before, whose sums are under way
+                    t = min(
+                        first, n - tokens
+                    )  # the last tile may repeat tokens of the one before, whose sums are under way
                     out = get_i64(args + OUT) + 4 * (t * rows + strip * LANES)
                     acc = zeros_f32(tokens)
                     if first_col:

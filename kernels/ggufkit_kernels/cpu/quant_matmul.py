@@ -66,7 +66,6 @@ from .words import (
     part_of,
 )
 
-
 AHEAD = 3072  # bytes
 
 

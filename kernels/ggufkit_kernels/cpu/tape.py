@@ -31,7 +31,6 @@ from .ops import Arrays, AttendCall, CpuCache, CpuOps, CpuWeight, Plan
 from .pack import aligned
 from .team import address, program_words, several
 
-
 _CALL = struct.Struct("3q")  # token, position, where its logits go
 
 
@@ -151,10 +150,8 @@ class Recorder(CpuOps):
 
     def _rotations(self, start: int, n: int, freqs: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
         pairs = len(freqs)
-        for known, factor, angles in self.rotations:
-            if known is freqs and factor == scale:
-                break
-        else:
+        angles = next((place for f, s, place in self.rotations if f is freqs and s == scale), None)
+        if angles is None:
             angles = np.zeros((n, 2 * pairs), np.float32)
             self.rotations.append((freqs, scale, angles))
         return angles[:, :pairs], angles[:, pairs:]

@@ -367,7 +367,7 @@ def prefetch(typingctx: Any, at: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def prefetch_ahead(typingctx: Any, at: Any, distance: Any, nbytes: Any) -> Any:
-    """Have the `nbytes` bytes at `at + distance` (constants), which may be anywhere, come into the first-level cache."""
+    """Have `nbytes` bytes at `at + distance` (constants), which may be anywhere, come into the first-level cache."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         for k in range(0, nbytes.literal_value, 64):
