@@ -70,11 +70,7 @@ def load(
         ends = [type for name, type in matrices.items() if not name.startswith("blk.")]
         preparing = ops.prepare([matrices[name] for name in matrices if name.startswith("blk.")], ends, kernels)
         words = tokenizer.from_metadata(file.metadata, pre=pre)
-        # Python's work, while compiled code packs the weights
-        tables = threading.Thread(target=words.prepare, daemon=True)
-        tables.start()
         packed = weights.load(architecture, config, file.tensors, ops, name, progress)
-        tables.join()
         title, file_type = file.metadata.get("general.name"), file.metadata.get("general.file_type")
         info = Info(
             path=Path(path),
@@ -84,8 +80,10 @@ def load(
             n_parameters=sum(t.n_elements for t in file.tensors.values()),
             n_bytes=sum(t.nbytes for t in file.tensors.values()),
         )
-    if preparing is not None:
+    if preparing is not None and preparing.missing:  # what only has to be linked may come later
         preparing.wait()
+    # What the first text needs is made when packing needs the processors no more; who is quicker makes it himself
+    threading.Thread(target=words.prepare, daemon=True).start()
     return Model(
         architecture, config, packed, ops, words, info, n_ctx or config.n_ctx_train, time.perf_counter() - began
     )
