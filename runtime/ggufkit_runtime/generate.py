@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,10 +79,10 @@ def load(
             n_parameters=sum(t.n_elements for t in file.tensors.values()),
             n_bytes=sum(t.nbytes for t in file.tensors.values()),
         )
-    if preparing is not None and preparing.missing:  # what only has to be linked may come later
+    if preparing is not None and preparing.missing:
         preparing.wait()
-    # What the first text needs is made when packing needs the processors no more; who is quicker makes it himself
-    threading.Thread(target=words.prepare, daemon=True).start()
+    elif preparing is not None:  # linking, in the background, while the first text is read
+        preparing.start()
     return Model(
         architecture, config, packed, ops, words, info, n_ctx or config.n_ctx_train, time.perf_counter() - began
     )

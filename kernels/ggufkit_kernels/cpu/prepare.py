@@ -84,7 +84,8 @@ def named(name: str) -> Entry:
 
 
 class Preparation:
-    """Kernels that are being made ready in the background. `missing` of them were not on disk.
+    """Kernels that are being made ready in the background. `missing` of them were not on disk: without any, there is
+    only linking to do, which begins with `start`.
 
     `progress` is told of those, in that thread; without it, a line is said, as for any kernel that is compiled.
     """
@@ -98,7 +99,13 @@ class Preparation:
             jit.announce()
         self._thread = threading.Thread(target=self._work, name="ggufkit-prepare", daemon=True)
         atexit.register(self.stop)  # LLVM must not be at work when the process ends
-        self._thread.start()
+        if self.missing:  # what only has to be linked waits until packing needs the processors no more
+            self.start()
+
+    def start(self) -> None:
+        """Begin, if that has not happened yet."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     def wait(self) -> None:
         """Wait for the end; Ctrl-C is heard meanwhile."""
@@ -110,7 +117,8 @@ class Preparation:
         self._stop = True
         for other in self._others:
             other.terminate()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _work(self) -> None:
         said = jit.set_notice(None) if self.missing and self._progress is not None else None
