@@ -86,6 +86,17 @@ processors give about twice as much. `python tools/bench_encode.py` prints the f
 | Q5_K | 195 | 15 | 12.9 | 5.4 | 189 |
 | Q6_K | 318 | 29 | 11.0 | 6.6 | 190 |
 
+The same on a Zen 4 (AVX-512) that other work was going on at:
+
+| type | `kernels…encode` | ggml | ratio |
+|---|---|---|---|
+| TQ1_0 | 4181 | 353 | 11.8 |
+| TQ2_0 | 4777 | 315 | 15.2 |
+| Q1_0 | 4312 | 185 | 23.3 |
+| Q2_0 | 4158 | 301 | 13.8 |
+| MXFP4 | 1190 | 178 | 6.7 |
+| NVFP4 | 1129 | 40 | 28.6 |
+
 ## All types
 
 """

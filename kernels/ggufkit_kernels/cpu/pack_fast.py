@@ -15,6 +15,9 @@ faults included, in billions of weights a second, beside the NumPy packing:
     Q4_0 4.7 (0.32)   Q4_1 6.1 (0.39)   Q5_0 4.3 (0.20)   Q5_1 2.9 (0.18)   Q8_0 3.8 (0.70)   F16 2.2 (0.56)
     Q2_K 12 (0.43)    Q3_K 4.9 (0.14)   Q4_K 7.4 (0.31)   Q5_K 4.2 (0.18)   Q6_K 3.5 (0.18)   F32 1.1 (0.45)
 
+and of a shared Zen 4 (AVX-512): TQ1_0 5.4 (0.26), TQ2_0 28 (0.48), Q1_0 18 (0.60), Q2_0 13 (0.24), MXFP4 9.7 (0.46),
+NVFP4 7.5 (0.36), Q4_0 7.6 (0.18).
+
 Out of the cache and into it the kernel alone does 8 to 20: what is left is memory. Tried: one block at a time instead
 of GROUP, the table being read once for each (5 to 11); touching new pages beforehand, lest two threads clear the same
 one (no difference); mapping the file instead of pread (filling the page tables costs what the copy costs).
