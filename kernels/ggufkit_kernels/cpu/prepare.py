@@ -22,6 +22,7 @@ from .inputs import PLAIN_TOKENS, interleave_inputs
 from .jit import Entry, Family
 from .matmul import TOKENS, matmul_kernel, prep_kernel
 from .pack import PLAIN, Layout
+from .pack_expand import form_of
 from .pack_map import map_of
 
 Progress = Callable[[int, int], None]  # (kernels compiled, kernels to compile)
@@ -49,9 +50,9 @@ def of_types(types: Iterable[TensorType], many: bool = True) -> list[Entry]:
     for type in types:
         layout = Layout(PLAIN[type.name]) if type.name in PLAIN else None
         if layout is None:
-            bitmap = map_of(type)
+            bitmap = map_of(form_of(type))
             layout = bitmap.layout if bitmap is not None else None
-            entries = [pack_fast.pack_words] if bitmap is not None else []
+            entries = [pack_fast.kernel_of(type)] if bitmap is not None else []
         else:
             entries = [pack_fast.pack_floats if type.block_nbytes == 4 else pack_fast.pack_halves]
         if layout is None:  # packed by NumPy, into a layout that its first row will tell
