@@ -27,8 +27,8 @@ bytes, scales that are NaN, infinite or denormal included (a NaN's payload aside
 
 `TensorType.encode` is the definition, in NumPy; `ggufkit_kernels.cpu.encode.encode` gives the same bytes from compiled
 loops. Without an importance matrix both give the bytes of `ggml_quantize_chunk` (for Q8_1 and Q8_K, which it does not
-know, of `quantize_row_q8_1_ref` and `quantize_row_q8_K_ref`). With one they raise UnsupportedError. The order of every
-float32 operation counts for that; some places where it shows:
+know, of `quantize_row_q8_1_ref` and `quantize_row_q8_K_ref`). With one the IQ types do, too, and the others raise
+UnsupportedError. The order of every float32 operation counts for that; some places where it shows:
 
 - Legacy types multiply by 1 / d, K types divide by d; d is used before its rounding to float16 by the legacy types and
   after it by the K types.
@@ -39,6 +39,8 @@ float32 operation counts for that; some places where it shows:
 - A group's codes come from the stored scales, except where those became 0: there from the search.
 - Q3_K stores a block without scales as scale bytes 0, not as scales of 0.
 - Groups whose largest weight is below 1e-15 count as zero in Q3_K and Q6_K.
+- IQ4_NL and IQ4_XS put the largest weight on the level of -127, and try 15 scales around that. The codes come from
+  the scale before its rounding to float16. A block of zeros gets d = -0 in IQ4_XS.
 - Q8_K's `bsums` of a block of zeros are 0; ggml leaves them unwritten.
 
 ## What encoding refuses

@@ -30,12 +30,13 @@ class Quants:
     bits: int  # 1…8
     offset: int  # subtracted from the code; ignored with a codebook
     group: int  # weights that share a scale; divides the block
-    d: np.ndarray  # (n,) float32, exactly representable in `d_dtype`
+    d: np.ndarray  # (n,) float32; numbers of float16 unless `wide`
     scale: np.ndarray | None = None  # (n, block // group) int8 or uint8
     dmin: np.ndarray | None = None  # (n,) float32, may be negative
     minimum: np.ndarray | None = None  # (n, block // group) uint8
     codebook: np.ndarray | None = None  # (2**bits,) float32 or int8
     scale_bits: int = 8  # that the type has for a scale and for a minimum, where they are unsigned
+    wide: bool = False  # whether float16 does not hold every d of the type
 
     def decode(self) -> np.ndarray:
         """The weights, float32 (n, block), by the formula above."""

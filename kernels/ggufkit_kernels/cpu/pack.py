@@ -202,7 +202,7 @@ def layout_of(quants: Quants) -> Layout | None:
         scale="" if quants.scale is None else ("i1" if quants.scale.dtype == np.int8 else "u1"),
         minimum=0 if quants.dmin is None else (1 if quants.minimum is None else 2),
         joined=_joined(quants),
-        wide=not (is_half(quants.d) and (quants.dmin is None or is_half(quants.dmin))),
+        wide=quants.wide or not (is_half(quants.d) and (quants.dmin is None or is_half(quants.dmin))),
     )
     return None if values == "codes" and not layout.span else layout
 
