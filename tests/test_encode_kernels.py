@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from encode_cases import ROWS, differences
 from ggufkit_formats.blocks import find
-from ggufkit_formats.errors import FormatError, UnsupportedError
+from ggufkit_formats.errors import FormatError, UnsupportedError, UsageError
 from ggufkit_kernels.cpu.encode import ENCODERS, PIECE, encode
 from ggufkit_kernels.cpu.simd import LANES, SETTING
 from nasty_weights import COLS, large_rows
@@ -22,12 +22,27 @@ NAMES = list(ENCODERS)
 
 
 def test_every_k_type_and_every_common_legacy_type_has_a_kernel():
-    assert set(NAMES) == {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
+    legacy = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"}
+    assert set(NAMES) >= legacy | {"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bytes_of_the_definition(name):
     assert differences(name) == []
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if ENCODERS[name].weighted])
+def test_bytes_of_the_definition_with_importance(name):
+    """In rows of any length, and beyond a piece: importance goes by the column."""
+    t, rng = find(name), np.random.default_rng(12)
+    x = np.concatenate([rows[:30] for rows in ROWS.values()])
+    x = np.resize(x, (3 * PIECE // 2 // x.size + 1, *x.shape)).reshape(-1)
+    for cols in (t.block, 3 * t.block, 2 * COLS, 5 * COLS):
+        importance = (rng.chisquare(1, cols) * (rng.random(cols) < 0.9)).astype(np.float32)
+        rows = x[: x.size // cols * cols].reshape(-1, cols)[: PIECE // cols + 20]
+        np.testing.assert_array_equal(encode(t, rows, importance, threads=2), t.encode(rows, importance))
+    with pytest.raises(UsageError, match="one weight per column is wanted"):
+        encode(t, rows, importance[1:])
 
 
 def run_cases(*names, **environment):

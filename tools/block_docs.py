@@ -41,6 +41,10 @@ UnsupportedError. The order of every float32 operation counts for that; some pla
 - Groups whose largest weight is below 1e-15 count as zero in Q3_K and Q6_K.
 - IQ4_NL and IQ4_XS put the largest weight on the level of -127, and try 15 scales around that. The codes come from
   the scale before its rounding to float16. A block of zeros gets d = -0 in IQ4_XS.
+- IQ1, IQ2 and IQ3 are encoded without importance too, where ggml allows it (not IQ2_XXS, IQ2_XS and IQ1_S: UsageError).
+  ggml's IQ3_S skips groups of zeros as it writes: the low bits and signs of the groups behind move up to their places,
+  so such a block decodes to something else. We write the same.
+- Groups count as zero below 1e-15 in IQ4, IQ2_XS and IQ2_XXS, 1e-12 in IQ1_S, 1e-8 in IQ2_S and IQ3_XXS, 1e-7 in IQ1_M.
 - Q8_K's `bsums` of a block of zeros are 0; ggml leaves them unwritten.
 
 ## What encoding refuses
@@ -53,6 +57,7 @@ ggml writes any block and looks at it when a file is loaded with its tensors che
   in Q2_K, 1e6 in Q5_0, 4e6 in Q4_K, 7e6 in Q3_K, 8.3e6 in Q8_0, 2.6e8 in Q6_K (K types: about, by their signs);
 - a search for scales overflows float32 (Q3_K and Q6_K, weights beyond 1e12): ggml then writes a valid block that
   decodes to zeros, which is no answer to weights that large;
+- ggml would abort: in IQ1, IQ2 and IQ3, where a search overflows and no point of the grid is near (1e12 and more);
 - the block does not divide the row.
 
 ## Speed

@@ -117,11 +117,7 @@ class TensorType:
         blocks = x.reshape(-1, self.block)
         weights = None
         if importance is not None:
-            if np.shape(importance) != x.shape[-1:]:
-                raise UsageError(
-                    f"importance has shape {np.shape(importance)}; one weight per column is wanted, {x.shape[-1:]}"
-                )
-            per_row = np.asarray(importance, dtype=np.float32).reshape(-1, self.block)
+            per_row = row_importance(importance, x.shape[-1]).reshape(-1, self.block)
             weights = np.tile(per_row, (blocks.shape[0] // max(1, per_row.shape[0]), 1))
         out = self.encode_blocks(blocks, weights)
         self.check_scales(out)
@@ -187,6 +183,13 @@ def as_float32(x: np.ndarray) -> np.ndarray:
         raise UsageError(f"numbers are wanted, not an array of {x.dtype}")
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(x, dtype=np.float32)
+
+
+def row_importance(importance: np.ndarray, cols: int) -> np.ndarray:
+    """float32 (cols,), one weight per column. Raises UsageError for any other shape."""
+    if np.shape(importance) != (cols,):
+        raise UsageError(f"importance has shape {np.shape(importance)}; one weight per column is wanted, {(cols,)}")
+    return np.ascontiguousarray(importance, dtype=np.float32)
 
 
 class UnknownType(TensorType):

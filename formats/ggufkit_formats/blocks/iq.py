@@ -17,8 +17,10 @@ from functools import lru_cache
 
 import numpy as np
 
+from ..errors import FormatError, UsageError
+from . import iq1_search, iq_search
 from .base import Quants, TensorType, register
-from .k import bits
+from .k import CHUNK, bits, pack_bits
 from .tables import IQ2_LEVELS, IQ3_S_LEVELS, IQ3_XXS_LEVELS, grid
 
 F32 = np.float32
@@ -76,6 +78,40 @@ class GridType(TensorType):
             d = self.float_d(blocks) * F32(self.step)
         return Quants(codes, self.code_bits, 0, self.group, d, odd, codebook=self.codebook, wide=self.step != 1)
 
+    needs_importance = False
+
+    def encode_blocks(self, x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+        if importance is None and self.needs_importance:
+            raise UsageError(f"{self.name} is encoded with importance only: one weight per column")
+        out = np.zeros(len(x), self.fields)
+        with np.errstate(all="ignore"):
+            for start in range(0, len(x), CHUNK):
+                part = slice(start, start + CHUNK)
+                self.fill(out[part], x[part], None if importance is None else importance[part])
+        return out
+
+    def fill(self, out: np.ndarray, x: np.ndarray, importance: np.ndarray | None) -> None:
+        """Write all fields of the zeroed blocks `out` (n,) for the weights x (n, 256)."""
+        raise NotImplementedError
+
+
+class SearchedType(GridType):
+    """A type of two or three bits; `put` writes what the search finds."""
+
+    def fill(self, out: np.ndarray, x: np.ndarray, importance: np.ndarray | None) -> None:
+        out["d"], *found = iq_search.encode(iq_search.KINDS[self.name], x, importance)
+        self.put(out, *found)
+
+    def put(self, out: np.ndarray, s: np.ndarray, numbers: np.ndarray, signs: np.ndarray, live: np.ndarray) -> None:
+        """The inverse of `take_apart`, into blocks `out` (n,); live (n, groups) tells groups that are not zero."""
+        raise NotImplementedError
+
+
+def seven_signs(signs: np.ndarray, s: np.ndarray) -> np.ndarray:
+    """(n, 32) signs of seven bits and (n, 8) scales of four -> (n, 8) words."""
+    four = signs.astype(np.uint32).reshape(-1, 8, 4) << np.arange(0, 28, 7, dtype=np.uint32)
+    return np.bitwise_or.reduce(four, axis=2) | s.astype(np.uint32) << np.uint32(28)
+
 
 def pair_nibbles(scales: np.ndarray) -> np.ndarray:
     """(n, k) bytes -> (n, 2k): the low four bits of each, then its high ones."""
@@ -83,7 +119,7 @@ def pair_nibbles(scales: np.ndarray) -> np.ndarray:
 
 
 @register
-class IQ2_XXS(GridType):
+class IQ2_XXS(SearchedType):
     """w = (d * (2 s + 1)) * level[point[i]] / 8 with a sign, eight groups of 32
 
     ::
@@ -96,6 +132,7 @@ class IQ2_XXS(GridType):
     name, id = "IQ2_XXS", 16
     fields = np.dtype([("d", "<f2"), ("qs", "<u2", 32)])
     grid_name, codebook, step = "IQ2_XXS", signed_levels(IQ2_LEVELS, 4), 1 / 8
+    needs_importance = True
 
     def take_apart(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         qs = np.ascontiguousarray(blocks["qs"], "<u2").view("<u4").reshape(-1, 8, 2)
@@ -103,9 +140,13 @@ class IQ2_XXS(GridType):
         signs = qs[:, :, 1, None] >> np.arange(0, 28, 7, dtype=np.uint32) & np.uint32(127)
         return numbers, EVEN_SIGNS[signs.reshape(-1, 32)], qs[:, :, 1] >> np.uint32(28)
 
+    def put(self, out: np.ndarray, s: np.ndarray, numbers: np.ndarray, signs: np.ndarray, live: np.ndarray) -> None:
+        words = np.stack([numbers.astype(np.uint8).view("<u4"), seven_signs(signs, s)], axis=2).astype("<u4")
+        out["qs"] = words.reshape(len(out), 16).view("<u2")
+
 
 @register
-class IQ2_XS(GridType):
+class IQ2_XS(SearchedType):
     """w = (d * (2 s + 1)) * level[point[i]] / 8 with a sign, sixteen groups of 16
 
     ::
@@ -118,14 +159,19 @@ class IQ2_XS(GridType):
     name, id = "IQ2_XS", 17
     fields = np.dtype([("d", "<f2"), ("qs", "<u2", 32), ("scales", "u1", 8)])
     grid_name, codebook, step, group = "IQ2_XS", signed_levels(IQ2_LEVELS, 4), 1 / 8, 16
+    needs_importance = True
 
     def take_apart(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         qs = blocks["qs"]
         return qs & np.uint16(511), EVEN_SIGNS[qs >> np.uint16(9)], pair_nibbles(blocks["scales"])
 
+    def put(self, out: np.ndarray, s: np.ndarray, numbers: np.ndarray, signs: np.ndarray, live: np.ndarray) -> None:
+        out["qs"] = numbers | signs.astype(np.uint16) << np.uint16(9)
+        out["scales"] = pack_bits(s, 8, (0, 4))
+
 
 @register
-class IQ2_S(GridType):
+class IQ2_S(SearchedType):
     """w = (d * (2 s + 1)) * level[point[i]] / 8 with a sign, sixteen groups of 16
 
     ::
@@ -145,9 +191,14 @@ class IQ2_S(GridType):
         high = bits(blocks["qh"], 8, (0, 2, 4, 6), 3).astype(np.uint16)
         return blocks["qs"] | high << np.uint16(8), blocks["signs"], pair_nibbles(blocks["scales"])
 
+    def put(self, out: np.ndarray, s: np.ndarray, numbers: np.ndarray, signs: np.ndarray, live: np.ndarray) -> None:
+        out["qs"], out["signs"] = numbers & 255, signs
+        out["qh"] = pack_bits(numbers >> 8, 8, (0, 2, 4, 6))
+        out["scales"] = pack_bits(s, 8, (0, 4))
+
 
 @register
-class IQ3_XXS(GridType):
+class IQ3_XXS(SearchedType):
     """w = (d * (2 s + 1)) * level[point[i]] / 4 with a sign, eight groups of 32
 
     ::
@@ -166,9 +217,13 @@ class IQ3_XXS(GridType):
         signs = words[:, :, None] >> np.arange(0, 28, 7, dtype=np.uint32) & np.uint32(127)
         return blocks["qs"], EVEN_SIGNS[signs.reshape(-1, 32)], words >> np.uint32(28)
 
+    def put(self, out: np.ndarray, s: np.ndarray, numbers: np.ndarray, signs: np.ndarray, live: np.ndarray) -> None:
+        out["qs"] = numbers
+        out["signs"] = seven_signs(signs, s).astype("<u4").view(np.uint8)
+
 
 @register
-class IQ3_S(GridType):
+class IQ3_S(SearchedType):
     """w = (d * (2 s + 1)) * level[point[i]] with a sign, eight groups of 32
 
     ::
@@ -187,6 +242,14 @@ class IQ3_S(GridType):
     def take_apart(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         high = np.unpackbits(blocks["qh"], axis=1, bitorder="little").astype(np.uint16)
         return blocks["qs"] | high << np.uint16(8), blocks["signs"], pair_nibbles(blocks["scales"])
+
+    def put(self, out: np.ndarray, s: np.ndarray, numbers: np.ndarray, signs: np.ndarray, live: np.ndarray) -> None:
+        # ggml skips groups of zeros as it goes on: the low bits and signs of later groups move up to their places.
+        moved = np.argsort(~live, axis=1, kind="stable")[:, :, None]
+        out["qs"] = np.take_along_axis((numbers & 255).reshape(-1, 8, 8), moved, axis=1).reshape(-1, 64)
+        out["signs"] = np.take_along_axis(signs.reshape(-1, 8, 4), moved, axis=1).reshape(-1, 32)
+        out["qh"] = np.packbits(numbers >> 8, axis=1, bitorder="little")
+        out["scales"] = pack_bits(s, 4, (0, 4))
 
 
 # -1, 0, 1 with an eighth added, then with an eighth taken away; in eighths.
@@ -207,6 +270,7 @@ class IQ1_S(GridType):
     name, id = "IQ1_S", 19
     fields = np.dtype([("d", "<f2"), ("qs", "u1", 32), ("qh", "<u2", 8)])
     grid_name, codebook, step = "IQ1_S", IQ1_LEVELS, 1 / 8
+    needs_importance = True
 
     def take_apart(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         qh = blocks["qh"]
@@ -214,6 +278,13 @@ class IQ1_S(GridType):
         minus = (qh >> np.uint16(15)).astype(np.uint8) * np.uint8(255)
         numbers = blocks["qs"] | high.reshape(-1, 32) << np.uint16(8)
         return numbers, np.repeat(minus, 4, axis=1), qh >> np.uint16(12) & np.uint16(7)
+
+    def fill(self, out: np.ndarray, x: np.ndarray, importance: np.ndarray | None) -> None:
+        d, s, shift, numbers, _ = iq1_search.encode(x, importance, 32, 1e-12)
+        out["d"] = d * F32(1.125)
+        out["qs"] = numbers & 255
+        high = np.bitwise_or.reduce((numbers >> 8).reshape(-1, 8, 4) << np.arange(0, 12, 3), axis=2)
+        out["qh"] = high | s << 12 | shift << 15
 
 
 @register
@@ -241,3 +312,19 @@ class IQ1_M(GridType):
     def float_d(self, blocks: np.ndarray) -> np.ndarray:
         pieces = blocks["scales"] >> np.uint16(12) << np.arange(0, 16, 4, dtype=np.uint16)
         return np.bitwise_or.reduce(pieces, axis=1).astype(np.uint16).view(np.float16).astype(F32)
+
+    def fill(self, out: np.ndarray, x: np.ndarray, importance: np.ndarray | None) -> None:
+        d, s, shift, numbers, w = iq1_search.encode(x, importance, 16, 1e-7)
+        used = d != 0
+        half = (iq1_search.common_scale(x, w, s, shift, numbers, d) * F32(1.1125)).astype(np.float16)
+        half[np.isnan(d)] = np.nan
+        pieces = half.view(np.uint16)[:, None] >> np.arange(0, 16, 4, dtype=np.uint16) & np.uint16(15)
+        words = np.bitwise_or.reduce(s.reshape(-1, 4, 4) << np.arange(0, 12, 3), axis=2) | pieces.astype(np.intp) << 12
+        out["scales"][used] = words[used]
+        out["qs"] = numbers & 255
+        high = numbers >> 8
+        out["qh"] = high[:, ::2] | high[:, 1::2] << 4 | (shift >> 1) << 3 | (shift & 1) << 7
+
+    def check_scales(self, blocks: np.ndarray) -> None:
+        if not np.isfinite(self.float_d(blocks)).all():
+            raise FormatError(f"weights are too large for {self.name}: scale not finite in float16")
