@@ -1,9 +1,8 @@
 """Quantize rows of weights fast: the bytes of `TensorType.encode`, many threads, compiled loops.
 
-The kernels stand in ranged.py (Q2_K, Q4_K, Q5_K), signed.py (Q6_K), coordinate.py (Q3_K), levels.py (IQ4_NL, IQ4_XS)
-and legacy.py. Threads
-take pieces of a megabyte of float32 from a common list, so the extra memory does not grow with the
-input, and nothing is shared between calls: any number of Python threads may encode at once.
+The kernels stand in ranged.py (Q2_K, Q4_K, Q5_K), signed.py (Q6_K), coordinate.py (Q3_K), levels.py (IQ4),
+grids.py (IQ2, IQ3) and legacy.py. Threads take pieces of a megabyte of float32 from a common list, so the extra memory
+does not grow with the input, and nothing is shared between calls: any number of Python threads may encode at once.
 
 Speeds of all types, beside ggml's and the definition's, stand in docs/formats/blocks.md.
 """
@@ -23,7 +22,7 @@ from ggufkit_formats.blocks import TensorType, find
 from ggufkit_formats.blocks.base import as_float32, row_importance
 
 from ..simd import LANES
-from . import coordinate, legacy, levels, ranged, signed
+from . import coordinate, grids, legacy, levels, near, ranged, signed
 
 PIECE = 1 << 18  # weights that a thread takes at a time
 
@@ -42,6 +41,7 @@ class Encoder:
     scratch: int = 0  # bytes
     lanes: int = 1
     weighted: bool = False
+    tables: Callable[[], np.ndarray] | None = None  # what the scratch begins with, int64
 
 
 ENCODERS: dict[str, Encoder] = {
@@ -57,6 +57,11 @@ ENCODERS: dict[str, Encoder] = {
     "Q6_K": Encoder(signed.q6_k, signed.SCRATCH, LANES),
     "IQ4_NL": Encoder(levels.iq4_nl, levels.SCRATCH, 8 * LANES, weighted=True),
     "IQ4_XS": Encoder(levels.iq4_xs, levels.SCRATCH, LANES, weighted=True),
+    "IQ3_S": Encoder(grids.iq3_s, grids.SCRATCH, 1, True, near.tables("IQ3_S")),
+    "IQ3_XXS": Encoder(grids.iq3_xxs, grids.SCRATCH, 1, True, near.tables("IQ3_XXS")),
+    "IQ2_S": Encoder(grids.iq2_s, grids.SCRATCH, 1, True, near.tables("IQ2_S")),
+    "IQ2_XS": Encoder(grids.iq2_xs, grids.SCRATCH, 1, True, near.tables("IQ2_XS")),
+    "IQ2_XXS": Encoder(grids.iq2_xxs, grids.SCRATCH, 1, True, near.tables("IQ2_XXS")),
 }
 
 
@@ -75,7 +80,9 @@ def encode(
     """
     type = find(type)
     encoder = ENCODERS.get(type.name)
-    if encoder is None or (importance is not None and not encoder.weighted):
+    if encoder is None or (
+        not encoder.weighted if importance is not None else getattr(type, "needs_importance", False)
+    ):
         return type.encode(x, importance)
     x = as_float32(x)
     row_nbytes = type.row_nbytes(x.shape[-1])
@@ -117,6 +124,9 @@ def run(
     def work() -> None:
         scratch = np.empty(encoder.scratch + 64, np.uint8)
         scratch = scratch[-scratch.ctypes.data % 64 :]  # no vector then lies in two cache lines
+        if encoder.tables is not None:
+            addresses = encoder.tables()
+            scratch[: addresses.nbytes] = addresses.view(np.uint8)
         try:
             while not stop.is_set() and (piece := next(counter)) < pieces:
                 part = slice(piece * step, (piece + 1) * step)
