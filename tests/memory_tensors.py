@@ -46,6 +46,8 @@ def random_blocks(type: TensorType, rows: int, cols: int, rng: np.random.Generat
                 field[...] = rng.integers(118, 124, field.shape)
             if field.dtype.kind == "f":
                 field[...] = rng.uniform(-0.1, 0.1, field.shape)
+        if type.name == "IQ1_M":  # the upper bits of its d are those of the last scales: from -0.12 to 0.12
+            blocks["scales"][:, 3] = blocks["scales"][:, 3] & 0x8FFF | 0x2000
     return from_raw(type, blocks, (rows, cols))
 
 

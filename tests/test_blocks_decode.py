@@ -7,18 +7,22 @@ import sys
 from pathlib import Path
 
 import gguf
+import naive
+import naive_iq
 import numpy as np
 import pytest
 from ggufkit_formats.blocks import TYPES, by_id, find
 from ggufkit_formats.errors import FormatError
-from naive import DECODERS
 from oracles.ggml import Ggml
 
+DECODERS = naive.DECODERS | naive_iq.DECODERS
 BLOCKS = [t for t in TYPES.values() if t.name in DECODERS]
 # Sizes as ggml-common.h asserts them.
 NBYTES = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "Q8_1": 36}
 NBYTES |= {"Q2_K": 84, "Q3_K": 110, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210, "Q8_K": 292}
 NBYTES |= {"TQ1_0": 54, "TQ2_0": 66, "Q1_0": 18, "Q2_0": 18, "MXFP4": 17, "NVFP4": 36}
+NBYTES |= {"IQ4_NL": 18, "IQ4_XS": 136, "IQ3_S": 110, "IQ3_XXS": 98, "IQ2_S": 82, "IQ2_XS": 74, "IQ2_XXS": 66}
+NBYTES |= {"IQ1_S": 50, "IQ1_M": 56}
 # ggml decodes no Q8_1, and gguf lacks some more: the plain loops cover them.
 BY_GGML = [t for t in BLOCKS if t != "Q8_1"]
 BY_GGUF = [t for t in BLOCKS if t not in ("Q8_1", "Q8_K", "Q1_0", "Q2_0")]
@@ -41,6 +45,9 @@ def random_blocks(t, n: int, seed: int = 0) -> np.ndarray:
     special = np.array(
         [0, 0x8000, 1, 0x8001, 0x3FF, 0x400, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00, 0x7C01, 0xFE00], "<u2"
     )
+    if t == "IQ1_M":  # its d is in pieces
+        pieces = rng.choice(special, n // 4)[:, None] >> np.arange(0, 16, 4, dtype=np.uint16)
+        blocks["scales"][: n // 4] = blocks["scales"][: n // 4] & 0xFFF | pieces << 12
     for name, (dtype, *_) in t.fields.fields.items():
         if dtype == np.float16:
             blocks[name][: n // 4] = rng.choice(special, n // 4).view("<f2")
@@ -71,6 +78,14 @@ def test_random_bytes_decode_as_ggml_does(t, ggml):
     assert same_bits(t.decode(raw), ggml.dequantize(ggml_name(t.name), raw, t.block))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("t", BY_GGML, ids=str)
+def test_a_million_random_blocks_decode_as_ggml_does(t, ggml):
+    for seed in range(50):
+        raw = random_blocks(t, 20_000, 100 + seed)
+        assert same_bits(t.decode(raw), ggml.dequantize(ggml_name(t.name), raw, t.block)), seed
+
+
 @pytest.mark.parametrize("t", BLOCKS, ids=str)
 def test_random_bytes_decode_as_plain_loops_do(t):
     raw = random_blocks(t, 60, seed=1)
@@ -93,10 +108,12 @@ def test_quants_take_blocks_apart_without_rounding(t):
     n, groups = 200 * t.block // q.codes.shape[1], q.codes.shape[1] // q.group
     assert q.codes.dtype == np.uint8 and q.codes.size == 200 * t.block
     assert q.codes.max() < 2**q.bits
+    assert q.codebook is None or (len(q.codebook) == 2**q.bits and q.codebook.dtype == np.int8)
     assert q.d.shape == (n,) and q.d.dtype == np.float32
+    assert not q.wide or t.name.startswith("IQ")
     if q.d_code is not None:
         assert q.d_code.shape == (n,) and q.d_code.dtype == np.uint8 and q.d_format in ("e8m0", "e4m3")
-    elif t.name != "Q8_K":
+    elif t.name != "Q8_K" and not q.wide:
         with np.errstate(invalid="ignore"):
             assert same_bits(q.d.astype(np.float16).astype(np.float32), q.d)
     for part in (q.scale, q.minimum):

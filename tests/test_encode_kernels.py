@@ -23,12 +23,26 @@ NAMES = list(ENCODERS)
 
 def test_every_type_with_scales_has_a_kernel():
     activations = {"Q8_1", "Q8_K"}
-    assert set(NAMES) == {name for name, t in TYPES.items() if t.is_quantized} - activations
+    assert set(NAMES) == {name for name, t in TYPES.items() if t.is_quantized} - activations - {"IQ1_S", "IQ1_M"}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bytes_of_the_definition(name):
     assert differences(name) == []
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if ENCODERS[name].weighted])
+def test_bytes_of_the_definition_with_importance(name):
+    """In rows of any length, and beyond a piece: importance goes by the column."""
+    t, rng = find(name), np.random.default_rng(12)
+    x = np.concatenate([rows[:30] for rows in ROWS.values()])
+    x = np.resize(x, (3 * PIECE // 2 // x.size + 1, *x.shape)).reshape(-1)
+    for cols in (t.block, 3 * t.block, 2 * COLS, 5 * COLS):
+        importance = (rng.chisquare(1, cols) * (rng.random(cols) < 0.9)).astype(np.float32)
+        rows = x[: x.size // cols * cols].reshape(-1, cols)[: PIECE // cols + 20]
+        np.testing.assert_array_equal(encode(t, rows, importance, threads=2), t.encode(rows, importance))
+    with pytest.raises(UsageError, match="one weight per column is wanted"):
+        encode(t, rows, importance[1:])
 
 
 def run_cases(*names, **environment):
@@ -124,7 +138,7 @@ def test_one_bad_weight_far_behind_is_found(threads):
         encode("q4_k", x, threads=threads)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if find(name).ignores_importance])
+@pytest.mark.parametrize("name", [name for name in NAMES if not find(name).uses_importance])
 def test_importance_that_changes_nothing(name):
     x = ROWS["weights"]
     importance = np.linspace(0, 1, COLS, dtype=np.float32)

@@ -16,7 +16,7 @@ from ggufkit_formats.errors import FormatError, UsageError
 from ggufkit_formats.source import FileSource
 from ggufkit_formats.tensor import Tensor
 from ggufkit_kernels.cpu import pack as numpy_pack
-from ggufkit_kernels.cpu import pack_fast
+from ggufkit_kernels.cpu import pack_fast, prepare
 from ggufkit_kernels.cpu.memory import SEGMENT, Arena
 from ggufkit_kernels.cpu.pack import Packed
 from ggufkit_kernels.cpu.pack_expand import FORMS, form_of
@@ -25,7 +25,9 @@ from ggufkit_kernels.cpu.simd import FAMILY, LANES, SETTING
 from ggufkit_kernels.cpu.team import team
 from memory_tensors import MadeUp, from_raw, random_blocks
 
-QUANTIZED = [name for name, type in TYPES.items() if type.is_quantized]
+# Types whose packing is no moving of bits: codes out of grids.
+WITHOUT_MAP = {name for name in TYPES if name.startswith(("IQ1", "IQ2", "IQ3"))}
+QUANTIZED = [name for name, type in TYPES.items() if type.is_quantized and name not in WITHOUT_MAP]
 ARRAYS = ("codes", "d", "scale", "dmin", "minimum", "levels", "table")
 RNG = np.random.default_rng(11)
 NF4 = np.linspace(-1, 1, 16).astype(np.float32) ** 3
@@ -90,7 +92,7 @@ def test_types_nobody_wrote_a_kernel_for(name: str) -> None:
             both(tensor)
 
 
-def test_all_quantized_types_have_a_map() -> None:
+def test_all_quantized_types_but_those_with_grids_have_a_map() -> None:
     for name in QUANTIZED:
         bitmap = map_of(form_of(find(name)))
         assert bitmap is not None, name
@@ -129,6 +131,17 @@ class Rare(MadeUp):
         quants = super().quants(blocks)
         quants.codes[:, 0] ^= (blocks["codes"][:, 1] == 200).astype(np.uint8)
         return quants
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_MAP))
+def test_types_with_grids_go_through_numpy(name: str) -> None:
+    type = find(name)
+    assert map_of(type) is None
+    tensor = random_blocks(type, 3 * LANES + 5, 512, np.random.default_rng(8))
+    packed = pack_fast.pack(tensor, team(2), Arena())
+    same(packed, numpy_pack.pack(tensor))
+    assert packed.layout.values == "table" and packed.layout == prepare.layout_of_zeros(type)
+    assert packed.layout.bits == (4 if name.startswith("IQ3") else 3)
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,9 @@ bytes, scales that are NaN, infinite or denormal included (a NaN's payload aside
 
 `TensorType.encode` is the definition, in NumPy; `ggufkit_kernels.cpu.encode.encode` gives the same bytes from compiled
 loops. Without an importance matrix both give the bytes of `ggml_quantize_chunk` (for Q8_1 and Q8_K, which it does not
-know, of `quantize_row_q8_1_ref` and `quantize_row_q8_K_ref`). With one they raise UnsupportedError, except for ternary
-and 4-bit float types, Q1_0 and Q2_0, where it changes nothing. The order of every float32 operation counts for that;
-some places where it shows:
+know, of `quantize_row_q8_1_ref` and `quantize_row_q8_K_ref`). With one the IQ types do, too, it changes nothing in ternary
+and 4-bit float types, Q1_0 and Q2_0, and the others raise UnsupportedError. The order of every float32 operation counts
+for that; some places where it shows:
 
 - Legacy types multiply by 1 / d, K types divide by d; d is used before its rounding to float16 by the legacy types and
   after it by the K types.
@@ -47,6 +47,12 @@ some places where it shows:
   2¹⁰⁰) already get the power's exponent. Below 2⁻¹²⁶ the exponent wraps around (241 for 1e-42) before all-zero codes.
 - NVFP4's scales from 256 on become 448. Weights beyond 2688 become 2688; beyond 1.5e10, where float32 loses the
   difference of two levels, smaller levels, and at last 0: the first of equal errors counts.
+- IQ4_NL and IQ4_XS put the largest weight on the level of -127, and try 15 scales around that. The codes come from
+  the scale before its rounding to float16. A block of zeros gets d = -0 in IQ4_XS.
+- IQ1, IQ2 and IQ3 are encoded without importance too, where ggml allows it (not IQ2_XXS, IQ2_XS and IQ1_S: UsageError).
+  ggml's IQ3_S skips groups of zeros as it writes: the low bits and signs of the groups behind move up to their places,
+  so such a block decodes to something else. We write the same.
+- Groups count as zero below 1e-15 in IQ4, IQ2_XS and IQ2_XXS, 1e-12 in IQ1_S, 1e-8 in IQ2_S and IQ3_XXS, 1e-7 in IQ1_M.
 - Q8_K's `bsums` of a block of zeros are 0; ggml leaves them unwritten.
 
 ## What encoding refuses
@@ -63,6 +69,7 @@ scales, when
   those: NVFP4, and MXFP4 otherwise, take any finite weight);
 - a search for scales overflows float32 (Q3_K and Q6_K, weights beyond 1e12): ggml then writes a valid block that
   decodes to zeros, which is no answer to weights that large;
+- ggml would abort: in IQ1, IQ2 and IQ3, where a search overflows and no point of the grid is near (1e12 and more);
 - the block does not divide the row.
 
 ## Speed

@@ -13,10 +13,7 @@ from ggufkit_formats.errors import UnsupportedError, UsageError
 from .file_types import FALLBACK, NEEDS_IMATRIX, RAISED, SHARED, Case, FileType, ModelFacts, Rule
 
 # Block lengths of types that the registry has no class for yet.
-_PENDING_BLOCKS = {
-    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), 256),
-    "IQ4_NL": 32,
-}
+_PENDING_BLOCKS = {}
 
 # Roles by what a tensor's name contains, first match. The output matrix and embeddings go by their whole names.
 ROLES = (

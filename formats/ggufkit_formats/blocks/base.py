@@ -30,7 +30,7 @@ class Quants:
     bits: int  # 1…8
     offset: int  # subtracted from the code; ignored with a codebook
     group: int  # weights that share a scale; divides the block
-    d: np.ndarray  # (n,) float32, exactly representable in `d_dtype`
+    d: np.ndarray  # (n,) float32; numbers of float16 unless `wide`
     scale: np.ndarray | None = None  # (n, block // group) int8 or uint8
     dmin: np.ndarray | None = None  # (n,) float32, may be negative
     minimum: np.ndarray | None = None  # (n, block // group) uint8
@@ -38,6 +38,7 @@ class Quants:
     scale_bits: int = 8  # that the type has for a scale and for a minimum, where they are unsigned
     d_code: np.ndarray | None = None  # (n,) uint8: d as one of few numbers, written in `d_format`
     d_format: str = ""  # "e8m0": d = 2**(code - 128); "e4m3": half of such a float, code < 128 and no NaN
+    wide: bool = False  # whether float16 does not hold every d of the type
 
     def decode(self) -> np.ndarray:
         """The weights, float32 (n, block), by the formula above."""
@@ -70,7 +71,8 @@ class TensorType:
     id: int = -1
     block: int = 1  # weights in a block
     fields: np.dtype = np.dtype("u1")  # one block on disk, little endian, packed
-    ignores_importance: bool = False  # whether importance changes no byte, as in ggml
+    uses_importance: bool = True  # whether importance changes the bytes that are written, as in ggml
+    needs_importance: bool = False  # whether nothing is written without one (ggml_quantize_requires_imatrix)
 
     # -- sizes ---------------------------------------------------------------------------------
 
@@ -119,8 +121,7 @@ class TensorType:
         blocks = x.reshape(-1, self.block)
         weights = None
         if importance is not None:
-            check_importance(importance, x.shape[-1])
-            per_row = np.asarray(importance, dtype=np.float32).reshape(-1, self.block)
+            per_row = as_importance(importance, x.shape[-1]).reshape(-1, self.block)
             weights = np.tile(per_row, (blocks.shape[0] // max(1, per_row.shape[0]), 1))
         out = self.encode_blocks(blocks, weights)
         self.check_scales(out)
@@ -188,10 +189,14 @@ def as_float32(x: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(x, dtype=np.float32)
 
 
-def check_importance(importance: np.ndarray | None, cols: int) -> None:
-    """Raise UsageError where importance is not one weight per column."""
-    if importance is not None and np.shape(importance) != (cols,):
+def as_importance(importance: np.ndarray, cols: int) -> np.ndarray:
+    """Contiguous float32 (cols,), one weight a column. UsageError for another shape, NaN, infinity, or below 0."""
+    if np.shape(importance) != (cols,):
         raise UsageError(f"importance has shape {np.shape(importance)}; one weight per column is wanted, {(cols,)}")
+    importance = as_float32(importance)
+    if not (np.isfinite(importance) & (importance >= 0)).all():
+        raise UsageError("importance holds NaN, infinity or negative numbers")
+    return importance
 
 
 class UnknownType(TensorType):

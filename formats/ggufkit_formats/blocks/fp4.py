@@ -62,7 +62,7 @@ def nearest(x: np.ndarray, d: np.ndarray) -> np.ndarray:
 
 
 class Fp4Type(TensorType):
-    ignores_importance = True
+    uses_importance = False
 
     def encode_blocks(self, x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
         out = np.zeros(len(x), self.fields)

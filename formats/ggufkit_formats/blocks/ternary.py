@@ -54,7 +54,7 @@ def byte_trits(raw: np.ndarray, count: int) -> np.ndarray:
 
 
 class TernaryType(TensorType):
-    ignores_importance = True
+    uses_importance = False
 
     def encode_blocks(self, x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
         out = np.zeros(len(x), self.fields)

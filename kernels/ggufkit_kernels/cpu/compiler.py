@@ -7,6 +7,7 @@ are put in their places in a copy of the function, so that the module with the k
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import threading
 import types
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import llvmlite.ir as ir
 import numba
 import numba.core.config
 import numba.core.event
+import numpy as np
 from numba.core import lowering, typed_passes
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import register_pass
@@ -41,8 +43,26 @@ def _complete(function: Any) -> Any:
         globals_[name] = _meaning(globals_[name])
     cells = tuple(types.CellType(_meaning(cell.cell_contents)) for cell in function.__closure__ or ())
     made = types.FunctionType(function.__code__, globals_, function.__name__, function.__defaults__, cells or None)
-    made.__module__, made.__qualname__, made.__doc__ = function.__module__, function.__qualname__, function.__doc__
+    made.__module__, made.__doc__ = function.__module__, function.__doc__
+    made.__qualname__ = function.__qualname__ + _tag(function)
     return made
+
+
+def _tag(function: Any) -> str:
+    """What tells kernels of one factory from each other, for the names of their symbols.
+
+    Numba numbers functions as they are compiled. Two that were compiled in different processes may have one number, and
+    when both come from the disk into a third process, the second one's calls end in the first one's code.
+    """
+    parts = []
+    for cell in function.__closure__ or ():
+        value = cell.cell_contents
+        if isinstance(value, jit.Kernel):
+            parts.append(value.function.__qualname__ + _tag(value.function))
+        else:
+            plain = value is None or isinstance(value, (int, float, str, tuple, np.generic))
+            parts.append(repr(value) if plain else type(value).__name__)
+    return "_" + hashlib.sha256("|".join(parts).encode()).hexdigest()[:12] if parts else ""
 
 
 def _meaning(value: Any) -> Any:

@@ -218,7 +218,7 @@ def _number(quants: Quants) -> str:
     """What d and dmin fit in."""
     if quants.d_code is not None and quants.dmin is None:
         return quants.d_format
-    return "f16" if is_half(quants.d) and (quants.dmin is None or is_half(quants.dmin)) else "f32"
+    return "f16" if not quants.wide and is_half(quants.d) and (quants.dmin is None or is_half(quants.dmin)) else "f32"
 
 
 def number_arrays(quants: Quants, layout: Layout) -> tuple[np.ndarray | None, np.ndarray | None] | None:

@@ -15,13 +15,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 from ggufkit_formats.blocks import TensorType
 
 from . import attention, elementwise, jit, pack_fast, store, team
 from .inputs import PLAIN_TOKENS, interleave_inputs
 from .jit import Entry, Family
 from .matmul import TOKENS, matmul_kernel, prep_kernel
-from .pack import PLAIN, Layout
+from .pack import PLAIN, Layout, canonical, layout_of
 from .pack_expand import form_of
 from .pack_map import map_of
 
@@ -51,11 +52,11 @@ def of_types(types: Iterable[TensorType], many: bool = True) -> list[Entry]:
         layout = Layout(PLAIN[type.name]) if type.name in PLAIN else None
         if layout is None:
             bitmap = map_of(form_of(type))
-            layout = bitmap.layout if bitmap is not None else None
+            layout = bitmap.layout if bitmap is not None else layout_of_zeros(type)
             entries = [pack_fast.kernel_of(type)] if bitmap is not None else []
         else:
             entries = [pack_fast.pack_floats if type.block_nbytes == 4 else pack_fast.pack_halves]
-        if layout is None:  # packed by NumPy, into a layout that its first row will tell
+        if layout is None:  # numbers that become float32
             continue
         tiles = (1, PLAIN_TOKENS if layout.is_plain else TOKENS)[: 1 + many]
         entries += [matmul_kernel(layout, tile) for tile in tiles]
@@ -66,6 +67,13 @@ def of_types(types: Iterable[TensorType], many: bool = True) -> list[Entry]:
             entries.append(elementwise.embed_codes)
         found |= {entry.name: entry for entry in entries}
     return list(found.values())
+
+
+def layout_of_zeros(type: TensorType) -> Layout | None:
+    """The layout of a type that NumPy packs, told from a block of zeros; None where it has no codes."""
+    quants = type.quants(np.zeros(1, type.fields)) if type.is_quantized else None
+    quants = None if quants is None else canonical(quants)
+    return None if quants is None else layout_of(quants)
 
 
 def of_network(types: Iterable[TensorType], ends: Iterable[TensorType]) -> list[Entry]:

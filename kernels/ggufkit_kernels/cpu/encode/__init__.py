@@ -1,8 +1,9 @@
 """Quantize rows of weights fast: the bytes of `TensorType.encode`, many threads, compiled loops.
 
-The kernels stand in ranged.py (Q2_K, Q4_K, Q5_K), signed.py (Q6_K), coordinate.py (Q3_K), legacy.py, ternary.py and
-fp4.py. Threads take pieces of a megabyte of float32 from a common list, so the extra memory does not grow with the
-input, and nothing is shared between calls: any number of Python threads may encode at once.
+The kernels stand in ranged.py (Q2_K, Q4_K, Q5_K), signed.py (Q6_K), coordinate.py (Q3_K), levels.py (IQ4), grids.py
+(IQ2, IQ3), legacy.py, ternary.py and fp4.py. Threads take pieces of a megabyte of float32 from a common list, so the
+extra memory does not grow with the input, and nothing is shared between calls: any number of Python threads may encode
+at once.
 
 Speeds of all types, beside ggml's and the definition's, stand in docs/formats/blocks.md.
 """
@@ -19,10 +20,10 @@ from typing import Any
 
 import numpy as np
 from ggufkit_formats.blocks import TensorType, find
-from ggufkit_formats.blocks.base import as_float32, check_importance
+from ggufkit_formats.blocks.base import as_float32, as_importance
 
 from ..simd import LANES
-from . import coordinate, fp4, legacy, ranged, signed, ternary
+from . import coordinate, fp4, grids, legacy, levels, near, ranged, signed, ternary
 
 PIECE = 1 << 18  # weights that a thread takes at a time
 
@@ -32,11 +33,16 @@ class Encoder:
     """A kernel (addresses of x and of out, number of blocks, address of scratch) -> whether a check is due.
 
     The number of blocks is a multiple of `lanes`. A check is due where a weight or a scale may not be finite.
+    A kernel that is `weighted` knows importance, and takes three numbers more: the address of a row's importance (0
+    for none), which begins again behind its end, as far as `lanes` blocks reach; the columns of a row; and the column
+    of the first weight.
     """
 
-    kernel: Callable[[int, int, int, int], bool]
+    kernel: Callable[..., bool]
     scratch: int = 0  # bytes
     lanes: int = 1
+    weighted: bool = False
+    tables: Callable[[], np.ndarray] | None = None  # what the scratch begins with, int64
 
 
 ENCODERS: dict[str, Encoder] = {
@@ -56,6 +62,13 @@ ENCODERS: dict[str, Encoder] = {
     "Q1_0": Encoder(ternary.q1_0, ternary.SCRATCH, LANES),
     "MXFP4": Encoder(fp4.mxfp4),
     "NVFP4": Encoder(fp4.nvfp4),
+    "IQ4_NL": Encoder(levels.iq4_nl, levels.SCRATCH, 8 * LANES, weighted=True),
+    "IQ4_XS": Encoder(levels.iq4_xs, levels.SCRATCH, LANES, weighted=True),
+    "IQ3_S": Encoder(grids.iq3_s, grids.SCRATCH, 1, True, near.tables("IQ3_S")),
+    "IQ3_XXS": Encoder(grids.iq3_xxs, grids.SCRATCH, 1, True, near.tables("IQ3_XXS")),
+    "IQ2_S": Encoder(grids.iq2_s, grids.SCRATCH, 1, True, near.tables("IQ2_S")),
+    "IQ2_XS": Encoder(grids.iq2_xs, grids.SCRATCH, 1, True, near.tables("IQ2_XS")),
+    "IQ2_XXS": Encoder(grids.iq2_xxs, grids.SCRATCH, 1, True, near.tables("IQ2_XXS")),
 }
 
 
@@ -68,19 +81,22 @@ def encode(
     """float (…, cols) -> uint8 (…, bytes per row), the bytes that `TensorType.encode` gives.
 
     `importance` is one weight per column, (cols,), or None; `threads` defaults to the processors this process may
-    use. Types without a kernel (and importance where it counts) go to the NumPy definition. Raises FormatError for rows
-    that are not divisible by the block, not finite, or too large for the type's scales.
+    use. Types without a kernel (or without one with importance, where it counts) go to the NumPy definition. Raises
+    FormatError for rows that are not divisible by the block, not finite, or too large for the type's scales, UsageError
+    where a type needs importance and there is none.
     """
     type = find(type)
     encoder = ENCODERS.get(type.name)
-    if encoder is None or (importance is not None and not type.ignores_importance):
+    counts = importance is not None and type.uses_importance
+    if encoder is None or (counts and not encoder.weighted) or (importance is None and type.needs_importance):
         return type.encode(x, importance)
     x = as_float32(x)
-    check_importance(importance, x.shape[-1])
     row_nbytes = type.row_nbytes(x.shape[-1])
     blocks = x.reshape(-1, type.block)
     out = np.empty((len(blocks), type.block_nbytes), np.uint8)
-    run(type, encoder, blocks, out, threads or available_threads())
+    if importance is not None:
+        importance = as_importance(importance, x.shape[-1])
+    run(type, encoder, blocks, out, threads or available_threads(), importance if counts else None)
     return out.reshape(*x.shape[:-1], row_nbytes)
 
 
@@ -91,8 +107,21 @@ def available_threads() -> int:
     return os.cpu_count() or 1
 
 
-def run(type: TensorType, encoder: Encoder, blocks: np.ndarray, out: np.ndarray, threads: int) -> None:
-    """Encode all blocks (n, block) into out (n, nbytes), in pieces that the threads take one after the other."""
+def run(
+    type: TensorType,
+    encoder: Encoder,
+    blocks: np.ndarray,
+    out: np.ndarray,
+    threads: int,
+    importance: np.ndarray | None = None,
+) -> None:
+    """Encode all blocks (n, block) into out (n, nbytes), in pieces that the threads take one after the other.
+
+    `importance` is that of a row, float32 (cols,).
+    """
+    cols = 0 if importance is None else len(importance)
+    if importance is not None and cols:  # as far again as the last lane reads
+        importance = np.resize(importance, cols + encoder.lanes * type.block)
     step = PIECE // type.block
     pieces = -(-len(blocks) // step)
     counter = itertools.count()  # its next() is atomic
@@ -101,10 +130,14 @@ def run(type: TensorType, encoder: Encoder, blocks: np.ndarray, out: np.ndarray,
     def work() -> None:
         scratch = np.empty(encoder.scratch + 64, np.uint8)
         scratch = scratch[-scratch.ctypes.data % 64 :]  # no vector then lies in two cache lines
+        if encoder.tables is not None:
+            addresses = encoder.tables()
+            scratch[: addresses.nbytes] = addresses.view(np.uint8)
         try:
             while not stop.is_set() and (piece := next(counter)) < pieces:
                 part = slice(piece * step, (piece + 1) * step)
-                if encode_piece(encoder, blocks[part], out[part], scratch):
+                weights = () if importance is None else (importance, cols, piece * step * type.block % cols)
+                if encode_piece(encoder, blocks[part], out[part], scratch, *weights):
                     type.check_finite(blocks[part])
                     type.check_scales(out[part].reshape(-1).view(type.fields))
         except BaseException:
@@ -122,15 +155,32 @@ def run(type: TensorType, encoder: Encoder, blocks: np.ndarray, out: np.ndarray,
             other.result()
 
 
-def encode_piece(encoder: Encoder, x: np.ndarray, out: np.ndarray, scratch: np.ndarray) -> bool:
-    """Encode blocks x (n, block) into out (n, nbytes), both contiguous; the last ones beside blocks of zeros."""
+def encode_piece(
+    encoder: Encoder,
+    x: np.ndarray,
+    out: np.ndarray,
+    scratch: np.ndarray,
+    importance: np.ndarray | None = None,
+    cols: int = 0,
+    first: int = 0,
+) -> bool:
+    """Encode blocks x (n, block) into out (n, nbytes), both contiguous; the last ones beside blocks of zeros.
+
+    `importance`, `cols` and `first` are what a weighted kernel wants, the first as an array.
+    """
+
+    def kernel(x: np.ndarray, out: np.ndarray, n: int, start: int) -> bool:
+        weights: tuple[Any, ...] = (0, 1, 0) if encoder.weighted else ()
+        if importance is not None:
+            weights = importance.ctypes.data, cols, (first + start * x.shape[1]) % cols
+        return encoder.kernel(x.ctypes.data, out.ctypes.data, n, scratch.ctypes.data, *weights)
+
     whole = len(x) - len(x) % encoder.lanes
-    address: Any = scratch.ctypes.data
-    due = whole and encoder.kernel(x.ctypes.data, out.ctypes.data, whole, address)
+    due = whole and kernel(x, out, whole, 0)
     if rest := len(x) - whole:
         last_x = np.zeros((encoder.lanes, x.shape[1]), np.float32)
         last_out = np.empty((encoder.lanes, out.shape[1]), np.uint8)
         last_x[:rest] = x[whole:]
-        due |= encoder.kernel(last_x.ctypes.data, last_out.ctypes.data, encoder.lanes, address)
+        due |= kernel(last_x, last_out, encoder.lanes, whole)
         out[whole:] = last_out[:rest]
     return bool(due)

@@ -312,6 +312,18 @@ load_words = _loader("load_words", "i32")
 
 
 @intrinsic(prefer_literal=True)
+def load_bytes(typingctx: Any, at: Any, count: Any) -> Any:
+    """`count` (a constant) unsigned bytes from an address, as int32."""
+    ty = vector("i32", count.literal_value)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bytes_ = load(builder, args[0], ir.VectorType(I8, VECTOR[ty.kind].count))
+        return builder.zext(bytes_, VECTOR[ty.kind])
+
+    return ty(address, count), codegen
+
+
+@intrinsic(prefer_literal=True)
 def repeat(typingctx: Any, value: Any, count: Any) -> Any:
     """A vector of `count` (a constant) times a float32 or an int."""
     is_float = isinstance(value, types.Float)
