@@ -18,7 +18,7 @@ ROWS = {name: rows.astype(np.float32) for name, rows in finite_rows(seed=5)}
 
 def needed(name: str, cols: int) -> np.ndarray | None:
     """Importance for a type that is not encoded without."""
-    if not getattr(find(name), "needs_importance", False):
+    if not find(name).needs_importance:
         return None
     return np.random.default_rng(6).chisquare(1, cols).astype(np.float32)
 

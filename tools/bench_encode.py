@@ -54,7 +54,7 @@ def ggml_quantize() -> Quantize:
 
 def importance_of(name: str, wanted: bool) -> np.ndarray | None:
     """Random importance where it is wanted, or where the type needs it."""
-    if not wanted and not getattr(find(name), "needs_importance", False):
+    if not wanted and not find(name).needs_importance:
         return None
     return np.random.default_rng(5).chisquare(1, COLS).astype(np.float32)
 

@@ -69,6 +69,7 @@ class TensorType:
     id: int = -1
     block: int = 1  # weights in a block
     fields: np.dtype = np.dtype("u1")  # one block on disk, little endian, packed
+    needs_importance: bool = False  # whether `encode` raises UsageError without
 
     # -- sizes ---------------------------------------------------------------------------------
 

@@ -78,8 +78,6 @@ class GridType(TensorType):
             d = self.float_d(blocks) * F32(self.step)
         return Quants(codes, self.code_bits, 0, self.group, d, odd, codebook=self.codebook, wide=self.step != 1)
 
-    needs_importance = False
-
     def encode_blocks(self, x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
         if importance is None and self.needs_importance:
             raise UsageError(f"{self.name} is encoded with importance only: one weight per column")

@@ -80,9 +80,7 @@ def encode(
     """
     type = find(type)
     encoder = ENCODERS.get(type.name)
-    if encoder is None or (
-        not encoder.weighted if importance is not None else getattr(type, "needs_importance", False)
-    ):
+    if encoder is None or (not encoder.weighted if importance is not None else type.needs_importance):
         return type.encode(x, importance)
     x = as_float32(x)
     row_nbytes = type.row_nbytes(x.shape[-1])
@@ -130,8 +128,8 @@ def run(
         try:
             while not stop.is_set() and (piece := next(counter)) < pieces:
                 part = slice(piece * step, (piece + 1) * step)
-                weights = () if importance is None else (importance, cols, piece * step * type.block % cols)
-                if encode_piece(encoder, blocks[part], out[part], scratch, *weights):
+                first = piece * step * type.block % max(cols, 1)
+                if encode_piece(encoder, blocks[part], out[part], scratch, importance, cols, first):
                     type.check_finite(blocks[part])
                     type.check_scales(out[part].reshape(-1).view(type.fields))
         except BaseException:
