@@ -22,6 +22,7 @@ from ggufkit.quantize.file_types import FILE_TYPES
 TYPES = [
     "f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s",
     "q4_k_m", "q5_k_s", "q5_k_m", "q6_k", "tq1_0", "tq2_0", "q2_0", "mxfp4", "mxfp4_moe", "nvfp4",
+    "iq4_nl", "iq4_xs", "iq3_s", "iq3_m",
 ]  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     "even": {"dim": 256, "ffn": 512, "heads": 4, "kv": 2, "layers": 2},

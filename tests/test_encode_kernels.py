@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from encode_cases import ROWS, differences
+from encode_cases import ROWS, differences, needed
 from ggufkit_formats.blocks import TYPES, find
 from ggufkit_formats.errors import FormatError, UnsupportedError, UsageError
 from ggufkit_kernels.cpu.encode import ENCODERS, PIECE, encode
@@ -35,11 +35,12 @@ def test_bytes_of_the_definition(name):
 def test_bytes_of_the_definition_with_importance(name):
     """In rows of any length, and beyond a piece: importance goes by the column."""
     t, rng = find(name), np.random.default_rng(12)
-    x = np.concatenate([rows[:30] for rows in ROWS.values()])
+    x = np.concatenate([rows[20:50] for rows in ROWS.values()])
     x = np.resize(x, (3 * PIECE // 2 // x.size + 1, *x.shape)).reshape(-1)
+    size = PIECE + 20 * t.block if name.startswith("IQ4") else PIECE // 30  # a slow definition
     for cols in (t.block, 3 * t.block, 2 * COLS, 5 * COLS):
         importance = (rng.chisquare(1, cols) * (rng.random(cols) < 0.9)).astype(np.float32)
-        rows = x[: x.size // cols * cols].reshape(-1, cols)[: PIECE // cols + 20]
+        rows = x[: size // cols * cols].reshape(-1, cols)
         np.testing.assert_array_equal(encode(t, rows, importance, threads=2), t.encode(rows, importance))
     with pytest.raises(UsageError, match="one weight per column is wanted"):
         encode(t, rows, importance[1:])
@@ -79,31 +80,32 @@ def test_bytes_without_avx():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_refuses_exactly_what_the_definition_refuses(name):
-    t = find(name)
+    t, importance = find(name), needed(name, COLS)
     for x in list(large_rows())[::7]:
         rows = np.concatenate([ROWS["normal"][:3], x])
         try:
-            definition = t.encode(rows)
+            definition = t.encode(rows, importance)
         except FormatError as error:
             with pytest.raises(FormatError, match=str(error)):
-                encode(t, rows)
+                encode(t, rows, importance)
         else:
-            np.testing.assert_array_equal(encode(t, rows), definition)
+            np.testing.assert_array_equal(encode(t, rows, importance), definition)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_any_number_of_rows_and_any_shape(name):
     t = find(name)
-    x = ROWS["every magnitude"]
-    whole = t.encode(x)
+    x, w = ROWS["every magnitude"][:40], needed(name, COLS)
+    whole = t.encode(x, w)
     for rows in (0, 1, 2, 3, 5, 7, 9, 17):
-        np.testing.assert_array_equal(encode(t, x[:rows], threads=3), whole[:rows])
-    np.testing.assert_array_equal(encode(t, x[:6].reshape(2, 3, COLS)), whole[:6].reshape(2, 3, -1))
-    np.testing.assert_array_equal(encode(t, x[5].astype(np.float64)), whole[5])
-    np.testing.assert_array_equal(encode(t, np.asfortranarray(x[:40])), whole[:40])
-    wide = x[:12].reshape(3, 4 * COLS)
-    np.testing.assert_array_equal(encode(t, wide), t.encode(wide))
-    np.testing.assert_array_equal(encode(t, x[:40].reshape(-1, t.block)[1:]), t.encode(x[:40].reshape(-1, t.block)[1:]))
+        np.testing.assert_array_equal(encode(t, x[:rows], w, threads=3), whole[:rows])
+    np.testing.assert_array_equal(encode(t, x[:6].reshape(2, 3, COLS), w), whole[:6].reshape(2, 3, -1))
+    np.testing.assert_array_equal(encode(t, x[5].astype(np.float64), w), whole[5])
+    np.testing.assert_array_equal(encode(t, np.asfortranarray(x), w), whole)
+    wide, w = x[:12].reshape(3, 4 * COLS), needed(name, 4 * COLS)
+    np.testing.assert_array_equal(encode(t, wide, w), t.encode(wide, w))
+    blocks, w = x.reshape(-1, t.block)[1:], needed(name, t.block)
+    np.testing.assert_array_equal(encode(t, blocks, w), t.encode(blocks, w))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -114,7 +116,7 @@ def test_a_weight_that_is_not_finite_is_found_wherever_it_stands(name, bad):
         x = rng.standard_normal((17, COLS)).astype(np.float32)
         x.reshape(-1)[at] = bad
         with pytest.raises(FormatError, match=f"NaN or infinite weights cannot be quantized to {name}"):
-            encode(name, x, threads=1)
+            encode(name, x, needed(name, COLS), threads=1)
 
 
 def test_many_callers_with_many_threads():

@@ -136,8 +136,8 @@ def run(
         try:
             while not stop.is_set() and (piece := next(counter)) < pieces:
                 part = slice(piece * step, (piece + 1) * step)
-                weights = () if importance is None else (importance, cols, piece * step * type.block % cols)
-                if encode_piece(encoder, blocks[part], out[part], scratch, *weights):
+                first = piece * step * type.block % max(cols, 1)
+                if encode_piece(encoder, blocks[part], out[part], scratch, importance, cols, first):
                     type.check_finite(blocks[part])
                     type.check_scales(out[part].reshape(-1).view(type.fields))
         except BaseException:

@@ -2,8 +2,8 @@
 
 In the order of operations of `ggufkit_formats.blocks.iq_search`, one group after the other. The trials of a group, 13
 to 31 scales, do not depend on each other, so a trial is a lane: codes, places and both sums of all trials are found at
-once, each sum in its order. Between them stands a loop over runs and trials that looks up each place's point or searches
-its neighbours, where a neighbour is a lane (near.py). Which trial wins is decided one after the other, as in ggml.
+once, each sum in its order. Between them stands a loop over runs and trials that looks up each place's point, or
+searches its neighbours, where a neighbour is a lane (near.py). Which trial wins is decided in order, as in ggml.
 """
 
 from __future__ import annotations

@@ -16,8 +16,9 @@ The kernels find the addresses of these at the beginning of their scratch (PLACE
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from ggufkit_formats.blocks import iq1_search, iq_search
@@ -44,7 +45,10 @@ PLACE, POINTS, CHUNKS, NUMBERS, FACTORS = range(0, 40, 8)
 TABLES_NBYTES = 64
 
 
-@lru_cache(maxsize=8)
+_lock = threading.Lock()
+
+
+@cache
 def _arrays(name: str) -> tuple[np.ndarray, ...]:
     kind = iq_search.KINDS.get(name)
     if kind is None:  # IQ1_S and IQ1_M
@@ -72,7 +76,12 @@ def _arrays(name: str) -> tuple[np.ndarray, ...]:
 
 def tables(name: str) -> Callable[[], np.ndarray]:
     """What gives the addresses of a type's tables, int64: made when it is first asked, and kept."""
-    return lambda: np.array([array.ctypes.data for array in _arrays(name)], np.int64)
+
+    def addresses() -> np.ndarray:
+        with _lock:  # two threads that both found nothing would make two sets, and one of them would go
+            return np.array([array.ctypes.data for array in _arrays(name)], np.int64)
+
+    return addresses
 
 
 def nearest_point(length):
