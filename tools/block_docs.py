@@ -28,8 +28,8 @@ bytes, scales that are NaN, infinite or denormal included (a NaN's payload aside
 `TensorType.encode` is the definition, in NumPy; `ggufkit_kernels.cpu.encode.encode` gives the same bytes from compiled
 loops. Without an importance matrix both give the bytes of `ggml_quantize_chunk` (for Q8_1 and Q8_K, which it does not
 know, of `quantize_row_q8_1_ref` and `quantize_row_q8_K_ref`). With one the IQ types do, too, it changes nothing in
-ternary and 4-bit float types, Q1_0 and Q2_0, and the others raise UnsupportedError. The order of every float32 operation counts
-for that; some places where it shows:
+ternary and 4-bit float types, Q1_0 and Q2_0, and the others raise UnsupportedError. The order of every float32
+operation counts for that; some places where it shows:
 
 - Legacy types multiply by 1 / d, K types divide by d; d is used before its rounding to float16 by the legacy types and
   after it by the K types.
