@@ -68,6 +68,7 @@ class TensorType:
     id: int = -1
     block: int = 1  # weights in a block
     fields: np.dtype = np.dtype("u1")  # one block on disk, little endian, packed
+    uses_importance: bool = True  # whether importance changes the bytes that are written
 
     # -- sizes ---------------------------------------------------------------------------------
 
@@ -106,23 +107,19 @@ class TensorType:
     def encode(self, x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
         """float (…, cols) -> uint8 (…, bytes per row): the bytes that ggml_quantize_chunk writes.
 
-        `importance` is one weight per column, (cols,), or None. For types with scales, rows and the scales that
-        they need must be finite (FormatError otherwise). This is the plain definition; `ggufkit_kernels.cpu.encode`
-        is the fast one.
+        `importance` is one weight per column, (cols,), or None: finite and not negative (UsageError otherwise). For
+        types with scales, rows and the scales that they need must be finite (FormatError otherwise). This is the plain
+        definition; `ggufkit_kernels.cpu.encode` is the fast one.
         """
         x = as_float32(x)
         row_nbytes = self.row_nbytes(x.shape[-1])
         self.check_finite(x)
-        blocks = x.reshape(-1, self.block)
         weights = None
         if importance is not None:
-            if np.shape(importance) != x.shape[-1:]:
-                raise UsageError(
-                    f"importance has shape {np.shape(importance)}; one weight per column is wanted, {x.shape[-1:]}"
-                )
-            per_row = np.asarray(importance, dtype=np.float32).reshape(-1, self.block)
-            weights = np.tile(per_row, (blocks.shape[0] // max(1, per_row.shape[0]), 1))
-        out = self.encode_blocks(blocks, weights)
+            importance = as_importance(importance, x.shape[-1])
+            if self.uses_importance and x.size:
+                weights = self.error_weights(x.reshape(-1, x.shape[-1]), importance).reshape(-1, self.block)
+        out = self.encode_blocks(x.reshape(-1, self.block), weights)
         self.check_scales(out)
         return out.view(np.uint8).reshape(*x.shape[:-1], row_nbytes)
 
@@ -156,6 +153,13 @@ class TensorType:
             raise UnsupportedError(f"tensor type {self.name} cannot be decoded")
         return quants.decode()
 
+    def error_weights(self, x: np.ndarray, importance: np.ndarray) -> np.ndarray:
+        """Rows x (rows, cols) and importance (cols,) -> what `encode_blocks` is given as importance, (rows, cols).
+
+        For the types that look at a whole row before its blocks; all others take the importance itself.
+        """
+        return np.broadcast_to(importance, x.shape)
+
     def encode_blocks(self, x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
         """float32 (n, block), importance (n, block) or None -> (n,) blocks of `fields`."""
         raise UnsupportedError(f"tensor type {self.name} cannot be encoded")
@@ -186,6 +190,16 @@ def as_float32(x: np.ndarray) -> np.ndarray:
         raise UsageError(f"numbers are wanted, not an array of {x.dtype}")
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(x, dtype=np.float32)
+
+
+def as_importance(importance: np.ndarray, cols: int) -> np.ndarray:
+    """Contiguous float32 (cols,), one weight a column. UsageError for another shape, NaN, infinity, or below 0."""
+    if np.shape(importance) != (cols,):
+        raise UsageError(f"importance has shape {np.shape(importance)}; one weight per column is wanted, {(cols,)}")
+    importance = as_float32(importance)
+    if not (np.isfinite(importance) & (importance >= 0)).all():
+        raise UsageError("importance holds NaN, infinity or negative numbers")
+    return importance
 
 
 class UnknownType(TensorType):
