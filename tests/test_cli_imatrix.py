@@ -8,6 +8,7 @@ import tiny_models
 from command_line import Terminal, control_characters, ggufkit
 from ggufkit_formats import gguf
 from ggufkit_runtime import evaluate, generate, importance
+from oracles import imatrix as oracle
 
 from ggufkit.quantize import imatrix
 
@@ -61,6 +62,20 @@ def test_what_shares_an_input_shares_the_sums(found):
         )
         assert (q == k).all() and (q == v).all() and (gate == up).all()
         assert not np.allclose(q, gate) and not np.allclose(q, o) and len(down) == 512
+
+
+@pytest.mark.skipif(not oracle.available(), reason="xllamacpp is not installed")
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_llama_cpps_own_inputs(arch, tmp_path):
+    """An F32 model on the same windows: its sums within 2e-3, its counts."""
+    path = tiny_models.write(tmp_path / "tiny.gguf", arch, type="F32")
+    model = generate.load(path)
+    ours = importance.collect(model, TEXT, 64, 3)
+    theirs = oracle.collect(path, evaluate.windows(model, TEXT, 64, 3))
+    assert set(theirs) == set(ours.sums) and len(theirs) == 14
+    for name, (sums, count) in theirs.items():
+        assert ours.counts[name] == count == 192
+        assert np.linalg.norm(ours.sums[name] - sums) < 2e-3 * np.linalg.norm(sums), name
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3"])

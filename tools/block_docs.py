@@ -26,9 +26,9 @@ bytes, scales that are NaN, infinite or denormal included (a NaN's payload aside
 ## What encoding does
 
 `TensorType.encode` is the definition, in NumPy; `ggufkit_kernels.cpu.encode.encode` gives the same bytes from compiled
-loops. Without an importance matrix both give the bytes of `ggml_quantize_chunk` (for Q8_1 and Q8_K, which it does not
-know, of `quantize_row_q8_1_ref` and `quantize_row_q8_K_ref`). With one they raise UnsupportedError. The order of every
-float32 operation counts for that; some places where it shows:
+loops. Both give the bytes of `ggml_quantize_chunk` (for Q8_1 and Q8_K, which it does not know, of
+`quantize_row_q8_1_ref` and `quantize_row_q8_K_ref`), with importance and without. The order of every float32 operation
+counts for that; some places where it shows:
 
 - Legacy types multiply by 1 / d, K types divide by d; d is used before its rounding to float16 by the legacy types and
   after it by the K types.
@@ -41,6 +41,18 @@ float32 operation counts for that; some places where it shows:
 - Groups whose largest weight is below 1e-15 count as zero in Q3_K and Q6_K.
 - Q8_K's `bsums` of a block of zeros are 0; ggml leaves them unwritten.
 
+With importance, a number for each column, other searches are made:
+
+- An error counts importance · sqrt(s + x²), where s is the mean square of the row in the older types, of the block in
+  Q2_K, twice that in Q3_K, Q4_K and Q5_K; in Q6_K it counts the importance alone. Q8_0 and plain numbers ignore it.
+- Types with a minimum try 37 scales, with finer steps, and types without one the same 19. The older types get the codes
+  of that search, which need not be nearest to the weights with the stored scale.
+- The scales and minima of the groups of Q2_K, Q4_K and Q5_K, and the scales of Q3_K, are rounded by a search of
+  their own, in which a group counts the sum of its weights. A scale below zero wraps around; in Q4_K its upper bits
+  mix with those of another group's.
+- Trials of types with a minimum hold quotients to the bounds before they are rounded (the pinned ggml does; older
+  versions round first, which differs beyond 2²²).
+
 ## What encoding refuses
 
 ggml writes any block and looks at it when a file is loaded with its tensors checked (`ggml_validate_row_data`: a `d`,
@@ -49,8 +61,9 @@ ggml writes any block and looks at it when a file is loaded with its tensors che
 - a weight is NaN or infinite;
 - a scale is not finite in its field's precision. That begins at weights of 65520 in Q4_1 and Q5_1, 5.2e5 in Q4_0, 9e5
   in Q2_K, 1e6 in Q5_0, 4e6 in Q4_K, 7e6 in Q3_K, 8.3e6 in Q8_0, 2.6e8 in Q6_K (K types: about, by their signs);
-- a search for scales overflows float32 (Q3_K and Q6_K, weights beyond 1e12): ggml then writes a valid block that
-  decodes to zeros, which is no answer to weights that large;
+- importance is NaN, infinite or negative (UsageError);
+- a search for scales overflows float32 (Q3_K and Q6_K, weights beyond 1e12; with huge importance all types): ggml then
+  writes a valid block that decodes to zeros, which is no answer to weights that large;
 - the block does not divide the row.
 
 ## Speed

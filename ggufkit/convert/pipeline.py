@@ -41,7 +41,8 @@ def write(
     """Write all tensors, in the plan's order. Raises FormatError naming a tensor whose values cannot be written."""
     total = sum(_nbytes(each) for each in inputs)
     done = 0
-    weights = slab_weights(threads)
+    # with importance a weight takes as much again, for the weights of its errors
+    weights = slab_weights(threads) if importance is None else slab_weights(threads) // 2
     waiting: deque[tuple[Planned, int, Future[np.ndarray]]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="convert")
     try:
