@@ -17,7 +17,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from ggufkit_formats import gguf
@@ -150,23 +150,29 @@ def _values(name: str, tensor: Tensor) -> np.ndarray:
 
 def _read_legacy(name: str) -> Imatrix:
     """The older form; values become sums, as llama-imatrix reads them."""
-    data = Path(name).read_bytes()
+    with Path(name).open("rb") as file:
+        return _parse_legacy(name, file, os.fstat(file.fileno()).st_size)
+
+
+def _parse_legacy(name: str, file: BinaryIO, size: int) -> Imatrix:
     at = 0
 
     def take(n: int, what: str) -> bytes:
+        """The next n bytes; anything may be given as a matrix, so no more is read than makes sense."""
         nonlocal at
-        if n < 0 or n > len(data) - at:
-            raise FormatError(f"{name}: not an importance matrix: {what} at {at} needs {n} bytes of {len(data)}")
+        data = file.read(n) if 0 <= n <= size - at else b""
+        if n < 0 or len(data) != n:
+            raise FormatError(f"{name}: not an importance matrix: {what} at {at} needs {n} bytes of {size}")
         at += n
-        return data[at - n : at]
+        return data
 
     def number(what: str) -> int:
         return struct.unpack("<i", take(4, what))[0]
 
     entries: dict[str, Entry] = {}
     n_entries = number("the number of entries")
-    if not 1 <= n_entries <= len(data) // 16:
-        raise FormatError(f"{name}: not an importance matrix: says it has {n_entries} entries in {len(data)} bytes")
+    if not 1 <= n_entries <= size // 16:
+        raise FormatError(f"{name}: not an importance matrix: says it has {n_entries} entries in {size} bytes")
     for i in range(n_entries):
         tensor = take(number(f"the length of name {i}"), f"name {i}").decode("utf-8", "replace")
         calls, n_values = number(f"the calls of entry {i}"), number(f"the size of entry {i}")
@@ -174,9 +180,9 @@ def _read_legacy(name: str) -> Imatrix:
         count = np.array([max(calls, 1) * LEGACY_CHUNK], np.int64)
         entries[tensor] = Entry(values * np.float32(LEGACY_CHUNK), count)
     chunks, datasets = 0, []
-    if at < len(data):
+    if at < size:
         chunks = number("the number of chunks")
-        length = number("the length of the dataset's name") if at < len(data) else 0
+        length = number("the length of the dataset's name") if at < size else 0
         if length > 0:
             datasets.append(take(length, "the dataset's name").decode("utf-8", "replace"))
     return Imatrix(entries, datasets, max(chunks, 0), LEGACY_CHUNK, name)

@@ -79,7 +79,7 @@ class LegacyType(TensorType):
 
     def error_weights(self, x: np.ndarray, importance: np.ndarray) -> np.ndarray:
         """importance * sqrt(mean square of the row + x²), the mean summed in ggml's order: column after column."""
-        with np.errstate(over="ignore"):
+        with np.errstate(all="ignore"):
             squares = x * x
             mean = np.add.accumulate(squares, axis=1)[:, -1] / F32(x.shape[1])
             return importance * np.sqrt(mean[:, None] + squares)
