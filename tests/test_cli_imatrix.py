@@ -42,6 +42,13 @@ def test_every_matrix_of_the_layers_and_nothing_else(tiny, found):
     assert set(found.counts.values()) == {3 * 64} and found.n_chunks == 3
 
 
+def test_the_output_matrix_is_taken_in_where_asked(tiny, found, tmp_path):
+    with_it = importance.collect(generate.load(tiny, device="reference"), TEXT, 64, 3, output=True)
+    assert set(with_it.sums) - set(found.sums) == {"output.weight"} and with_it.counts["output.weight"] == 192
+    tied = tiny_models.write(tmp_path / "tied.gguf", type="F32", optional=False)
+    assert set(importance.collect(generate.load(tied), TEXT, 64, 2, output=True).sums) == set(found.sums)
+
+
 def test_sums_of_the_first_layer(tiny, found):
     """Squares of the normed embeddings of three windows, each beginning with BOS."""
     model = generate.load(tiny, device="reference")
@@ -156,7 +163,7 @@ def test_refusals(tiny, text, tmp_path):
     done = ggufkit("imatrix", "--in-file", tiny, "-o", out)
     assert done.status == 1 and "tiny.gguf: not an importance matrix" in done.error
     before = tiny.read_bytes()
-    done = ggufkit("imatrix", "-m", tiny, "-f", text, "-c", "64", "-o", tiny)
+    done = ggufkit("imatrix", "-m", tiny, "-f", text, "-c", "64", "-o", tiny, "--process-output")
     assert done.status == 2 and "exists, and is no importance matrix" in done.error
     assert tiny.read_bytes() == before and not out.exists()
     done = ggufkit("convert", tiny, "q4_0", "-o", out, "--imatrix", text)

@@ -28,14 +28,15 @@ if TYPE_CHECKING:
 @click.option("--chunks", type=click.IntRange(1), metavar="N", help="Most windows to run. Default: the whole text.")
 @click.option("--in-file", "in_files", multiple=True, metavar="FILE",
               help="Add what this importance matrix holds; repeatable. Without -f no model is run.")  # fmt: skip
+@click.option("--process-output", is_flag=True, help="Take the output matrix in, too (slower).")
 @click.option("--show", is_flag=True, help="Show for each tensor how many tokens and columns were seen.")
 @screen.pre_tokenizer_option
 @screen.threads_option
 @screen.device_option
 @screen.json_option
 def command(model: str | None, hf: str | None, text_file: str | None, output: str | None, ctx_size: int,
-            chunks: int | None, in_files: tuple[str, ...], show: bool, pre_tokenizer: str | None, threads: int | None,
-            device: str, as_json: bool) -> None:  # fmt: skip
+            chunks: int | None, in_files: tuple[str, ...], process_output: bool, show: bool,
+            pre_tokenizer: str | None, threads: int | None, device: str, as_json: bool) -> None:  # fmt: skip
     """Run a text through a model and note how large the inputs of each matrix are, column by column.
 
     `ggufkit convert --imatrix FILE` then lets errors count the more, the more a column matters. Take a text like what
@@ -52,7 +53,7 @@ def command(model: str | None, hf: str | None, text_file: str | None, output: st
     parts = [imatrix.read(name) for name in in_files]
     if text_file is not None:
         name = screen.model_name(model, hf)
-        parts.append(_collect(name, text_file, ctx_size, chunks, pre_tokenizer, threads, device))
+        parts.append(_collect(name, text_file, ctx_size, chunks, process_output, pre_tokenizer, threads, device))
     matrix = parts[0] if len(parts) == 1 else imatrix.merged(parts)
     if output is not None:
         imatrix.write(matrix, output, overwrite=True)
@@ -75,8 +76,8 @@ def _check_target(output: str) -> None:
     gguf.check_target(Path(output), 0, overwrite=True)
 
 
-def _collect(model: str | None, text_file: str, ctx_size: int, chunks: int | None, pre_tokenizer: str | None,
-             threads: int | None, device: str) -> Imatrix:  # fmt: skip
+def _collect(model: str | None, text_file: str, ctx_size: int, chunks: int | None, output: bool,
+             pre_tokenizer: str | None, threads: int | None, device: str) -> Imatrix:  # fmt: skip
     from ggufkit_runtime import importance
 
     from ..quantize import imatrix
@@ -90,7 +91,7 @@ def _collect(model: str | None, text_file: str, ctx_size: int, chunks: int | Non
             bar.total = total
             bar(done)
 
-        found = importance.collect(loaded, text, ctx_size, chunks, progress)
+        found = importance.collect(loaded, text, ctx_size, chunks, progress, output)
     return imatrix.of_activations(found.sums, found.counts, found.n_chunks, found.n_ctx, text_file)
 
 

@@ -59,21 +59,23 @@ def collect(
     n_ctx: int = 512,
     n_chunks: int | None = None,
     progress: Callable[[int, int], Any] | None = None,
+    output: bool = False,
 ) -> Activations:
     """Run windows of n_ctx tokens, as llama-imatrix cuts them, and sum the squared inputs of the layers' matrices.
 
     Each window begins with BOS where the model wants one and has a cache of its own; a rest of the text that fills no
-    window is left out, as is the output matrix. `progress` is told (windows done, in all). Raises UsageError for a text
-    of less than two windows, FormatError where inputs are NaN or infinite.
+    window is left out, as is the output matrix unless `output` asks for it. `progress` is told (windows done, in
+    all). Raises UsageError for a text of less than two windows, FormatError where inputs are NaN or infinite.
     """
     found = Activations(n_ctx)
-    recorder = Recorder(model.ops, names(model), found)
+    recorder = Recorder(model.ops, names(model, output), found)
     chunks = windows(model, text, n_ctx, n_chunks)
     for window in chunks:
         cache = model.cache(n_ctx)
         for start in range(0, n_ctx, N_BATCH):
             ids = np.asarray(window[start : start + N_BATCH], dtype=np.int64)
-            recorder.forward(model.architecture.forward, model.config, model.weights, ids, cache, len(ids) - 1)
+            first = 0 if output else len(ids) - 1  # logits are of use to nobody
+            recorder.forward(model.architecture.forward, model.config, model.weights, ids, cache, first)
         found.n_chunks += 1
         if progress is not None:
             progress(found.n_chunks, len(chunks))
@@ -83,8 +85,11 @@ def collect(
     return found
 
 
-def names(model: Model) -> dict[int, str]:
-    """The layers' matrices: the id of the packed weight -> its name in GGUF."""
+def names(model: Model, output: bool = False) -> dict[int, str]:
+    """The layers' matrices: the id of the packed weight -> its name in GGUF. With `output` also the output matrix.
+
+    A model whose embedding stands for it has none, as in llama-imatrix.
+    """
     found = {}
     for spec in model.architecture.tensors(model.config):
         if spec.is_matrix and spec.gguf.startswith("blk."):
@@ -92,4 +97,6 @@ def names(model: Model) -> dict[int, str]:
             weight = getattr(model.weights.layers[int(layer)], attribute)
             if weight is not None:
                 found[id(weight)] = spec.gguf
+    if output and model.weights.output is not model.weights.token_embd:
+        found[id(model.weights.output)] = "output.weight"
     return found
