@@ -9,11 +9,12 @@ import sys
 
 import numpy as np
 from ggufkit_formats.blocks import find
-from ggufkit_kernels.cpu.encode import encode
+from ggufkit_kernels.cpu.encode import WEIGHTED, encode
 from ggufkit_kernels.cpu.simd import FAMILY, LANES
-from nasty_weights import COLS, finite_rows, large_rows, midpoints, powers_of_two, with_scales
+from nasty_weights import COLS, finite_rows, importances, large_rows, midpoints, powers_of_two, with_scales
 
 ROWS = {name: rows.astype(np.float32) for name, rows in finite_rows(seed=5)}
+ALL_ROWS = np.concatenate(list(ROWS.values()))
 
 
 def in_rows(blocks: np.ndarray) -> np.ndarray:
@@ -49,8 +50,23 @@ def differences(name: str) -> list[str]:
     return found
 
 
+def weighted_differences(name: str) -> list[str]:
+    """The same with importance: some rows of every kind by each importance."""
+    kinds, found = list(importances(seed=6)), []
+    for i, (what, importance) in enumerate(kinds):
+        x = ALL_ROWS[i :: len(kinds)]
+        different = np.flatnonzero((encode(name, x, importance) != find(name).encode(x, importance)).any(axis=1))
+        if len(different):
+            found.append(f"{name}, {what}: rows {different[:5]} of {len(x)}")
+    return found
+
+
 if __name__ == "__main__":
     print(f"{FAMILY.name} {LANES}")
-    wrong = [line for name in sys.argv[1:] for line in differences(name)]
+    wrong = [
+        line
+        for name in sys.argv[1:]
+        for line in differences(name) + (weighted_differences(name) if name in WEIGHTED else [])
+    ]
     print(*wrong, sep="\n")
     sys.exit(bool(wrong))

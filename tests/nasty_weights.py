@@ -79,3 +79,25 @@ def large_rows(seed: int = 1) -> Iterator[np.ndarray]:
     rng = np.random.default_rng(seed)
     for exponent in np.arange(4.0, 38.0, 0.1):
         yield (rng.uniform(-1, 1, (1, COLS)) * 10.0**exponent).astype(np.float32)
+
+
+def importances(seed: int = 2) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, float32 (256,)) importances of columns, none negative."""
+    rng = np.random.default_rng(seed)
+
+    def squares() -> np.ndarray:
+        return rng.standard_normal(COLS) ** 2
+
+    kinds = {
+        "ones": np.ones(COLS),
+        "squares": squares(),
+        "zeros among them": squares() * (rng.random(COLS) < 0.6),
+        "groups of zeros": squares() * np.repeat(rng.random(COLS // 16) < 0.5, 16),
+        "all zeros": np.zeros(COLS),
+        "only one": np.eye(COLS)[100],
+        "huge ratios": squares() * 10.0 ** rng.uniform(-12, 12, COLS),
+        "tiny": squares() * 1e-36,
+        "one huge outlier": np.where(np.arange(COLS) == 77, 1e12, squares()),
+    }
+    for name, importance in kinds.items():
+        yield name, importance.astype(np.float32)

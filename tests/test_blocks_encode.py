@@ -6,14 +6,24 @@ import numpy as np
 import pytest
 from ggufkit_formats import gguf
 from ggufkit_formats.blocks import TYPES, find
-from ggufkit_formats.errors import FormatError, UnsupportedError, UsageError
-from nasty_weights import COLS, finite_rows, large_rows, midpoints, powers_of_two, with_scales
+from ggufkit_formats.errors import FormatError, UsageError
+from nasty_weights import (
+    COLS,
+    finite_rows,
+    importances,
+    large_rows,
+    midpoints,
+    powers_of_two,
+    with_scales,
+)
 from oracles.ggml import Ggml
 
 NAMES = [t.name for t in TYPES.values() if t.is_quantized and not t.name.startswith(("IQ1", "IQ2", "IQ3"))]
 IGNORING = [name for name in NAMES if not TYPES[name].uses_importance]
 LARGE = ("Q8_K", "MXFP4", "NVFP4")  # take any weight: scales of float32, or of 8 bits that end at the largest
 ROWS = {name: rows.astype(np.float32) for name, rows in finite_rows()}
+ALL_ROWS = np.concatenate(list(ROWS.values()))
+WEIGHTED = [name for name in NAMES if TYPES[name].uses_importance and not name.startswith("IQ")]
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +66,34 @@ def test_bytes_of_ggml_on_real_weights(name, ggml, default_model_path):
         for tensor in ("blk.0.attn_q.weight", "blk.7.ffn_down.weight", "blk.29.attn_v.weight"):
             x = f.tensors[tensor].dequantize().reshape(-1)[: 400 * COLS].reshape(-1, COLS)
             assert_same_bytes(t.encode(x), by_ggml(ggml, t, x), f"{name}, {tensor}")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("Q8_1", "Q8_K")])
+def test_bytes_of_ggml_with_importance(name, ggml):
+    t = find(name)
+    kinds = list(importances())
+    for i, (what, importance) in enumerate(kinds):
+        x = ALL_ROWS[i :: len(kinds)]  # some rows of every kind
+        assert_same_bytes(t.encode(x, importance), ggml.quantize(t.id, x, importance), f"{name}, {what}")
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_bytes_of_ggml_with_importance_on_real_weights(name, ggml, default_model_path):
+    """Rows of 1536 weights, over which the older types take a mean."""
+    t = find(name)
+    with gguf.open(default_model_path) as f:
+        x = f.tensors["blk.7.ffn_down.weight"].dequantize()[:100]
+    importance = np.random.default_rng(3).standard_normal(x.shape[1]).astype(np.float32) ** 2
+    assert_same_bytes(t.encode(x, importance), ggml.quantize(t.id, x, importance), name)
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_importance_lessens_the_error_it_weighs(name):
+    x = ROWS["heavy tails"]
+    importance = np.where(np.arange(COLS) % 8 == 0, 100, 0.01).astype(np.float32)
+    t = find(name)
+    with_it, without = (np.mean(importance * (t.decode(t.encode(x, w)) - x) ** 2) for w in (importance, None))
+    assert with_it < 0.9 * without, name
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "Q8_1"])
@@ -104,9 +142,12 @@ def test_shapes_and_wrong_arguments(name):
     assert t.encode(x[:0]).shape == (0, t.row_nbytes(COLS))
     with pytest.raises(FormatError, match=f"{name} needs rows divisible by {t.block}"):
         t.encode(x[:, :-1])
-    if name not in IGNORING and not name.startswith("IQ"):
-        with pytest.raises(UnsupportedError, match="importance"):
-            t.encode(x, importance=np.ones(COLS, np.float32))
+    assert t.encode(x[:0], np.ones(COLS)).shape == (0, t.row_nbytes(COLS))
+    with pytest.raises(UsageError, match=f"importance has shape .* is wanted, .{COLS}"):
+        t.encode(x, importance=np.ones(COLS // 2, np.float32))
+    for bad in (np.nan, np.inf, -1e-3):
+        with pytest.raises(UsageError, match="importance holds NaN, infinity or negative numbers"):
+            t.encode(x, importance=np.full(COLS, bad))
 
 
 @pytest.mark.parametrize("name", IGNORING)

@@ -111,19 +111,19 @@ class TensorType:
     def encode(self, x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
         """float (…, cols) -> uint8 (…, bytes per row): the bytes that ggml_quantize_chunk writes.
 
-        `importance` is one weight per column, (cols,), or None. For types with scales, rows and the scales that
-        they need must be finite (FormatError otherwise). This is the plain definition; `ggufkit_kernels.cpu.encode`
-        is the fast one.
+        `importance` is one weight per column, (cols,), or None: finite and not negative (UsageError otherwise). For
+        types with scales, rows and the scales that they need must be finite (FormatError otherwise). This is the plain
+        definition; `ggufkit_kernels.cpu.encode` is the fast one.
         """
         x = as_float32(x)
         row_nbytes = self.row_nbytes(x.shape[-1])
         self.check_finite(x)
-        blocks = x.reshape(-1, self.block)
         weights = None
         if importance is not None:
-            per_row = as_importance(importance, x.shape[-1]).reshape(-1, self.block)
-            weights = np.tile(per_row, (blocks.shape[0] // max(1, per_row.shape[0]), 1))
-        out = self.encode_blocks(blocks, weights)
+            importance = as_importance(importance, x.shape[-1])
+            if self.uses_importance and x.size:
+                weights = self.error_weights(x.reshape(-1, x.shape[-1]), importance).reshape(-1, self.block)
+        out = self.encode_blocks(x.reshape(-1, self.block), weights)
         self.check_scales(out)
         return out.view(np.uint8).reshape(*x.shape[:-1], row_nbytes)
 
@@ -156,6 +156,13 @@ class TensorType:
         if quants is None:
             raise UnsupportedError(f"tensor type {self.name} cannot be decoded")
         return quants.decode()
+
+    def error_weights(self, x: np.ndarray, importance: np.ndarray) -> np.ndarray:
+        """Rows x (rows, cols) and importance (cols,) -> what `encode_blocks` is given as importance, (rows, cols).
+
+        For the types that look at a whole row before its blocks; all others take the importance itself.
+        """
+        return np.broadcast_to(importance, x.shape)
 
     def encode_blocks(self, x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
         """float32 (n, block), importance (n, block) or None -> (n,) blocks of `fields`."""
