@@ -1,8 +1,9 @@
 """Quantize rows of weights fast: the bytes of `TensorType.encode`, many threads, compiled loops.
 
 The kernels stand in ranged.py (Q2_K, Q4_K, Q5_K), signed.py (Q6_K), coordinate.py (Q3_K), levels.py (IQ4),
-grids.py (IQ2, IQ3) and legacy.py. Threads take pieces of a megabyte of float32 from a common list, so the extra memory
-does not grow with the input, and nothing is shared between calls: any number of Python threads may encode at once.
+grids.py (IQ2, IQ3), ones.py (IQ1) and legacy.py. Threads take pieces of a megabyte of float32 from a common list, so
+the extra memory does not grow with the input, and nothing is shared between calls: any number of Python threads may
+encode at once.
 
 Speeds of all types, beside ggml's and the definition's, stand in docs/formats/blocks.md.
 """
@@ -22,7 +23,7 @@ from ggufkit_formats.blocks import TensorType, find
 from ggufkit_formats.blocks.base import as_float32, row_importance
 
 from ..simd import LANES
-from . import coordinate, grids, legacy, levels, near, ranged, signed
+from . import coordinate, grids, legacy, levels, near, ones, ranged, signed
 
 PIECE = 1 << 18  # weights that a thread takes at a time
 
@@ -62,6 +63,8 @@ ENCODERS: dict[str, Encoder] = {
     "IQ2_S": Encoder(grids.iq2_s, grids.SCRATCH, 1, True, near.tables("IQ2_S")),
     "IQ2_XS": Encoder(grids.iq2_xs, grids.SCRATCH, 1, True, near.tables("IQ2_XS")),
     "IQ2_XXS": Encoder(grids.iq2_xxs, grids.SCRATCH, 1, True, near.tables("IQ2_XXS")),
+    "IQ1_S": Encoder(ones.iq1_s, ones.SCRATCH, LANES, True, near.tables("IQ1_S")),
+    "IQ1_M": Encoder(ones.iq1_m, ones.SCRATCH, LANES, True, near.tables("IQ1_S")),
 }
 
 
