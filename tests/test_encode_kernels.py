@@ -23,7 +23,7 @@ NAMES = list(ENCODERS)
 
 def test_every_type_with_scales_has_a_kernel():
     activations = {"Q8_1", "Q8_K"}
-    assert set(NAMES) == {name for name, t in TYPES.items() if t.is_quantized} - activations - {"IQ1_S", "IQ1_M"}
+    assert set(NAMES) == {name for name, t in TYPES.items() if t.is_quantized} - activations
 
 
 @pytest.mark.parametrize("name", NAMES)

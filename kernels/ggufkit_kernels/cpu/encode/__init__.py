@@ -1,7 +1,7 @@
 """Quantize rows of weights fast: the bytes of `TensorType.encode`, many threads, compiled loops.
 
 The kernels stand in ranged.py (Q2_K, Q4_K, Q5_K), signed.py (Q6_K), coordinate.py (Q3_K), levels.py (IQ4), grids.py
-(IQ1, IQ2, IQ3), legacy.py, ternary.py and fp4.py; those with importance in weighted_ranged.py (also Q4_1, Q5_1) and
+(IQ2, IQ3), ones.py (IQ1), legacy.py, ternary.py and fp4.py; those with importance in weighted_ranged.py (also Q4_1, Q5_1) and
 weighted_signed.py (also Q3_K, Q4_0, Q5_0), and the IQ types' own. Threads take pieces of a megabyte of float32 from a
 common list, so the extra memory does not grow with the input (but for the error weights of the older types, as large as
 the input), and nothing is shared between calls: any number of Python threads may encode at once.
@@ -24,7 +24,20 @@ from ggufkit_formats.blocks import TensorType, find
 from ggufkit_formats.blocks.base import as_float32, as_importance
 
 from ..simd import LANES
-from . import coordinate, fp4, grids, legacy, levels, near, ranged, signed, ternary, weighted_ranged, weighted_signed
+from . import (
+    coordinate,
+    fp4,
+    grids,
+    legacy,
+    levels,
+    near,
+    ones,
+    ranged,
+    signed,
+    ternary,
+    weighted_ranged,
+    weighted_signed,
+)
 
 PIECE = 1 << 18  # weights that a thread takes at a time
 
@@ -72,6 +85,8 @@ ENCODERS: dict[str, Encoder] = {
     "IQ2_S": Encoder(grids.iq2_s, grids.SCRATCH, 1, "row", near.tables("IQ2_S")),
     "IQ2_XS": Encoder(grids.iq2_xs, grids.SCRATCH, 1, "row", near.tables("IQ2_XS")),
     "IQ2_XXS": Encoder(grids.iq2_xxs, grids.SCRATCH, 1, "row", near.tables("IQ2_XXS")),
+    "IQ1_S": Encoder(ones.iq1_s, ones.SCRATCH, LANES, "row", near.tables("IQ1_S")),
+    "IQ1_M": Encoder(ones.iq1_m, ones.SCRATCH, LANES, "row", near.tables("IQ1_S")),
 }
 
 # With importance. The older types take eight blocks of 32 as one of 256.
