@@ -208,7 +208,8 @@ def register(cls: type[TensorType]) -> type[TensorType]:
     instance = cls()
     assert instance.name not in TYPES and instance.id not in BY_ID, instance.name
     TYPES[instance.name] = instance
-    BY_ID[instance.id] = instance
+    if instance.id >= 0:  # NF4 has none: it is stored as several tensors
+        BY_ID[instance.id] = instance
     return cls
 
 
