@@ -130,4 +130,5 @@ def four_bit_tensor(
 def numbers(tensor: Tensor, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
     """Items start…stop of a stored tensor, read with pread, in the machine's byte order."""
     raw = tensor.source.read(tensor.offset + start * dtype.itemsize, (stop - start) * dtype.itemsize)
-    return raw.view(dtype.newbyteorder(tensor.byte_order)).astype(dtype.newbyteorder("="), copy=False)
+    order = dtype.newbyteorder(">") if tensor.byte_order == ">" else dtype.newbyteorder("<")
+    return raw.view(order).astype(dtype.newbyteorder("="), copy=False)

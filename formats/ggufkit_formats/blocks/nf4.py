@@ -30,7 +30,7 @@ NF4_LEVELS = np.array([
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ], F32)  # fmt: skip
 _FP4 = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], F32) / F32(12)  # sign, two bits of exponent, one of fraction
-FP4_LEVELS = np.concatenate([_FP4, -_FP4])
+FP4_LEVELS = np.concatenate([_FP4, F32(0) - _FP4])  # both zeros are positive
 
 
 def encode_4bit(x: np.ndarray, levels: np.ndarray, block: int = BLOCK) -> tuple[np.ndarray, np.ndarray]:
@@ -91,7 +91,7 @@ def dynamic_map() -> np.ndarray:
     """
     found = [0.0, 1.0]
     for i in range(7):
-        edges = np.linspace(0.1, 1, 2**i + 1).astype(F32)
+        edges = _edges(2**i)
         middles = F32(10.0 ** (i - 6)) * ((edges[:-1] + edges[1:]) / F32(2))
         found += [*middles.tolist(), *(-middles).tolist()]
     levels = np.array(sorted(found), F32)
@@ -131,6 +131,14 @@ def decode_maxima(codes: np.ndarray, second: np.ndarray, offset: np.float32, lev
     """Codes uint8 (n,) and the second-level maximum of each (n,) -> maxima float32 (n,)."""
     with np.errstate(invalid="ignore", over="ignore"):
         return levels[codes] * second + F32(offset)
+
+
+def _edges(n: int) -> np.ndarray:
+    """n + 1 numbers from 0.1 to 1 in even steps, float32, as torch.linspace has them to the last bit: from the nearer
+    end, the product with the step not rounded."""
+    low, step = F32(0.1), float((F32(1) - F32(0.1)) / F32(n))
+    i = np.arange(n + 1)
+    return np.where(i < (n + 1) // 2, float(low) + step * i, 1 - step * (n - i)).astype(F32)
 
 
 # -- types -------------------------------------------------------------------------------------------
