@@ -6,6 +6,7 @@ slabs in flight. Slabs are read with pread: mapped pages would count as the proc
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,7 @@ from ggufkit_formats.tensor import Tensor
 from ggufkit_runtime.models import permuted_rows
 
 from .job import Input
+from .outputs import Output
 
 MEMORY = 320 << 20  # bytes that slabs in flight may take, all together
 PER_WEIGHT = 16  # bytes that a weight takes on its way: as read, as float32 twice, as written
@@ -29,15 +31,16 @@ Progress = Callable[[int, int], None]  # bytes of the source done, bytes in all
 Step = Callable[[], np.ndarray]
 
 
-def write(inputs: list[Input], planned: list[Planned], writer: Writer, threads: int, progress: Progress | None) -> None:
+def write(outputs: list[Output], planned: list[Planned], writer: Writer, threads: int,
+          progress: Progress | None) -> None:  # fmt: skip
     """Write all tensors, in the plan's order. Raises FormatError naming a tensor whose values cannot be written."""
-    total = sum(_nbytes(each) for each in inputs)
+    total = sum(_nbytes(each.input) for each in outputs)
     done = 0
     weights = slab_weights(threads)
     waiting: deque[tuple[Planned, int, Future[np.ndarray]]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="convert")
     try:
-        for plan, nbytes, step in _steps(inputs, planned, weights):
+        for plan, nbytes, step in _steps(outputs, planned, weights):
             waiting.append((plan, nbytes, pool.submit(step)))
             while len(waiting) > threads + 1:
                 done = _take(waiting, writer, done, total, progress)
@@ -65,11 +68,17 @@ def _nbytes(each: Input) -> int:
     return each.tensor.nbytes if each.tensor is not None else 4 * each.n_elements
 
 
-def _steps(inputs: list[Input], planned: list[Planned], weights: int) -> Iterator[tuple[Planned, int, Step]]:
+def _steps(outputs: list[Output], planned: list[Planned], weights: int) -> Iterator[tuple[Planned, int, Step]]:
     """(tensor, bytes of the source, what makes its next bytes), in order."""
-    for each, plan in zip(inputs, planned, strict=True):
-        for nbytes, step in _of(each, plan.type, weights):
-            yield plan, nbytes, _named(each, step)
+    plans = iter(planned)
+    for each in outputs:
+        parts = list(itertools.islice(plans, len(each.rows)))
+        if each.nf4 is not None:
+            for plan, nbytes, step in each.nf4.steps(parts, weights):
+                yield plan, nbytes, _named(each.input, step)
+        else:
+            for nbytes, step in _of(each.input, parts[0].type, weights):
+                yield parts[0], nbytes, _named(each.input, step)
 
 
 def _of(each: Input, kind: TensorType, weights: int) -> Iterator[tuple[int, Step]]:
@@ -86,21 +95,27 @@ def _of(each: Input, kind: TensorType, weights: int) -> Iterator[tuple[int, Step
         step = max(unit, weights // max(1, cols) // unit * unit)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            yield (stop - start) * tensor.row_nbytes, _slab(tensor, start, stop, each.head_rows, kind)
+            yield share(tensor, start, stop), _slab(tensor, start, stop, each.head_rows, kind)
 
 
 def _slab(tensor: Tensor, start: int, stop: int, head_rows: int, kind: TensorType) -> Step:
     """Rows start…stop of the tensor as bytes of that type. With `head_rows`, slabs are whole heads."""
+    return lambda: encode(kind, decoded(tensor, start, stop, head_rows))
 
-    def run() -> np.ndarray:
-        x = tensor.type.decode(tensor.read_rows(start, stop))
-        if head_rows and len(tensor.shape) == 1:
-            x = x[:, permuted_rows(x.shape[1], x.shape[1] // head_rows)]
-        elif head_rows:
-            x = x[permuted_rows(stop - start, (stop - start) // head_rows)]
-        return encode(kind, x)
 
-    return run
+def decoded(tensor: Tensor, start: int, stop: int, head_rows: int) -> np.ndarray:
+    """Rows start…stop in the order of the new file, float32 (stop - start, cols)."""
+    x = tensor.type.decode(tensor.read_rows(start, stop))
+    if head_rows and len(tensor.shape) == 1:
+        return x[:, permuted_rows(x.shape[1], x.shape[1] // head_rows)]
+    if head_rows:
+        return x[permuted_rows(stop - start, (stop - start) // head_rows)]
+    return x
+
+
+def share(tensor: Tensor, start: int, stop: int) -> int:
+    """Bytes of the source that rows start…stop take."""
+    return tensor.nbytes * stop // tensor.rows - tensor.nbytes * start // tensor.rows
 
 
 def encode(kind: TensorType, x: np.ndarray) -> np.ndarray:
