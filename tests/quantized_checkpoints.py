@@ -7,28 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
-from ggufkit_formats.blocks.nf4 import FP4_LEVELS, NF4_LEVELS, dynamic_map, encode_4bit, encode_maxima
-
-LEVELS = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}
-
-
-def parts(name: str, x: np.ndarray, kind: str = "nf4", nested: bool = False, block: int = 64) -> dict[str, np.ndarray]:
-    """The tensors that stand for the weight `name`."""
-    packed, maxima = encode_4bit(np.ascontiguousarray(x, np.float32).reshape(-1), LEVELS[kind], block)
-    state = {"quant_type": kind, "blocksize": block, "dtype": "bfloat16", "shape": list(x.shape)}
-    out = {name: packed.reshape(-1, 1), f"{name}.absmax": maxima, f"{name}.quant_map": LEVELS[kind].copy()}
-    if nested:
-        codes, second, offset = encode_maxima(maxima)
-        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": float(offset)}
-        out |= {f"{name}.absmax": codes, f"{name}.nested_absmax": second}
-        out[f"{name}.nested_quant_map"] = dynamic_map().copy()
-    text = json.dumps(state).encode()
-    out[f"{name}.quant_state.bitsandbytes__{kind}"] = np.frombuffer(text, np.uint8).copy()
-    return out
+from ggufkit_formats import bitsandbytes
 
 
 def int8_parts(name: str, x: np.ndarray) -> dict[str, np.ndarray]:
-    """The same of LLM.int8."""
+    """The tensors that stand for the weight `name` after LLM.int8."""
     scales = np.abs(x).max(axis=1).astype(np.float32)
     codes = np.rint(x * (127 / scales[:, None])).astype(np.int8)
     base = name.removesuffix(".weight")
@@ -45,7 +28,7 @@ def quantize(folder: Path, kind: str = "nf4", nested: bool = False, block: int =
         elif kind == "int8":
             tensors |= int8_parts(name, x.astype(np.float32))
         else:
-            tensors |= parts(name, x, kind, nested, block)
+            tensors |= bitsandbytes.encode(name, x, kind, nested, block)
     safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {

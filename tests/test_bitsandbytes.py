@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import quantized_checkpoints
 import safetensors.numpy
+from ggufkit_formats import bitsandbytes
 from ggufkit_formats import safetensors as ours
 from ggufkit_formats.blocks.nf4 import (
     FP4_LEVELS,
@@ -88,6 +89,38 @@ def test_layers_that_it_saved(layer):
         assert f"{layer}.weight" in f.stored and len(f.stored) > 3 * len(f.tensors)
 
 
+@pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer in ("nf4", "nf4_nested", "fp4", "fp4_nested")])
+def test_layers_are_written_as_it_writes_them(layer):
+    """From weights that are levels times maxima already, all that it saved comes back."""
+    name, (kind, *nested) = f"{layer}.weight", layer.split("_")
+    with ours.open(DATA / "bitsandbytes.safetensors") as f:
+        mine = bitsandbytes.encode(name, f.tensors[name].dequantize(), kind, bool(nested), dtype="float32")
+        stored = {key: t for key, t in f.stored.items() if key.startswith(f"{name}.") or key == name}
+        assert mine.keys() == stored.keys()
+        for key, value in mine.items():
+            theirs = stored[key].source.read(stored[key].offset, stored[key].nbytes)
+            assert value.shape == stored[key].shape or ".quant_state." in key
+            if ".quant_state." in key:
+                ours_, said = json.loads(value.tobytes()), json.loads(theirs.tobytes())
+                np.testing.assert_allclose(ours_.pop("nested_offset", 0), said.pop("nested_offset", 0), rtol=1e-3)
+                assert ours_ == said
+            elif key == name:
+                codes = [
+                    np.where(code == 8, 0, code) if kind == "fp4" else code
+                    for code in map(unpack_4bit, (value.reshape(-1), theirs))
+                ]  # FP4 has two zeros
+                assert np.array_equal(*codes)
+            elif not nested or key.endswith("map"):  # maxima that went through 8 bits would change a second time
+                assert np.array_equal(value.reshape(-1).view(np.uint8), theirs), key
+
+
+def test_what_cannot_be_written():
+    with pytest.raises(FormatError, match="NaN or infinite weights cannot be quantized to NF4"):
+        bitsandbytes.encode(NAME, np.full((2, 64), np.nan))
+    with pytest.raises(UnsupportedError, match="'int4'"):
+        bitsandbytes.encode(NAME, np.ones((2, 64)), "int4")
+
+
 # -- checkpoints that lie --------------------------------------------------------------------------------
 
 NAME = "a.weight"
@@ -140,7 +173,7 @@ LIES = {
 def test_checkpoints_that_lie(tmp_path, lie):
     change, error, message = LIES[lie]
     x = np.random.default_rng(0).standard_normal((8, 128)).astype(np.float32)
-    parts = quantized_checkpoints.parts(NAME, x, nested=True)
+    parts = bitsandbytes.encode(NAME, x, nested=True)
     change(parts)
     safetensors.numpy.save_file(parts, tmp_path / "model.safetensors")
     with pytest.raises(GgufkitError, match=message) as caught:

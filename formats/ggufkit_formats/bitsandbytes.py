@@ -25,7 +25,16 @@ from typing import Any
 import numpy as np
 
 from .blocks import TensorType
-from .blocks.nf4 import NESTED_BLOCK, four_bit
+from .blocks.nf4 import (
+    BLOCK,
+    FP4_LEVELS,
+    NESTED_BLOCK,
+    NF4_LEVELS,
+    dynamic_map,
+    encode_4bit,
+    encode_maxima,
+    four_bit,
+)
 from .errors import FormatError, UnsupportedError
 from .four_bit import F32, Maxima, four_bit_tensor, numbers
 from .gguf_strings import quote
@@ -33,6 +42,7 @@ from .tensor import Tensor
 
 STATE = ".quant_state.bitsandbytes__"
 KINDS = {"nf4": "NF4", "fp4": "FP4"}
+LEVELS = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _MAX_STATE = 1 << 16  # bytes of JSON
 
@@ -134,6 +144,32 @@ def _check(tensor: Tensor, type: str, n: int) -> None:
     if tensor.type.name != type or tensor.n_elements != n:
         found = f"{tensor.type} of {tensor.n_elements}"
         raise FormatError(f"tensor {quote(tensor.name)} is {found}; {type} of {n} is needed")
+
+
+def encode(
+    name: str, x: np.ndarray, kind: str = "nf4", nested: bool = False, block: int = BLOCK, dtype: str = "bfloat16"
+) -> dict[str, np.ndarray]:
+    """The tensors that stand for the float matrix x under `name` in a checkpoint of bitsandbytes, as it writes them.
+
+    `kind` is nf4 or fp4, `nested` quantizes the maxima again, `dtype` is torch's name of the type that bitsandbytes
+    dequantizes to. Codes are uint8 (ceil(n / 2), 1). Raises FormatError for NaN and infinities, UnsupportedError for
+    another kind.
+    """
+    if kind not in LEVELS:
+        raise UnsupportedError(f"bitsandbytes' type {kind!r}: nf4 and fp4 can be written")
+    flat = np.ascontiguousarray(x, dtype=np.float32).reshape(-1)
+    four = four_bit(KINDS[kind], LEVELS[kind], block)
+    four.check_finite(flat)
+    packed, maxima = encode_4bit(flat, four.levels, block)
+    state: dict[str, Any] = {"quant_type": kind, "blocksize": block, "dtype": dtype, "shape": list(x.shape)}
+    out = {name: packed[:, None], f"{name}.absmax": maxima, f"{name}.quant_map": four.levels.copy()}
+    if nested:
+        codes, second, offset = encode_maxima(maxima)
+        out |= {f"{name}.absmax": codes, f"{name}.nested_absmax": second}
+        out[f"{name}.nested_quant_map"] = dynamic_map().copy()
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": float(offset)}
+    out[f"{name}{STATE}{kind}"] = np.frombuffer(json.dumps(state).encode(), np.uint8).copy()
+    return out
 
 
 # -- eight bits --------------------------------------------------------------------------------------
