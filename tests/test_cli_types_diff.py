@@ -32,6 +32,7 @@ def test_types():
         "name": "Q4_K_M", "id": 15, "type": "Q4_K", "write": True, "bits_per_weight": 4.5, "note": None,
     }  # fmt: skip
     assert file_types["NF4"]["write"] and file_types["NF4"]["id"] is None
+    assert round(file_types["NF4_DQ"]["bits_per_weight"], 3) == 4.127
 
 
 def test_types_as_text():

@@ -6,6 +6,7 @@ import checkpoints
 import numpy as np
 import pytest
 import quantized_checkpoints
+import safetensors.numpy as safetensors_numpy
 from command_line import ggufkit as run_command
 from ggufkit_formats import gguf, nf4_tensors, safetensors
 from ggufkit_formats.blocks.nf4 import NF4_LEVELS, dynamic_map, encode_4bit
@@ -192,6 +193,34 @@ def test_from_gguf(folder, tmp_path):
         assert b.tensors[V].type == "Q4_0" and nf4_tensors.VERSION not in b.metadata
         assert np.array_equal(stored(c, V), stored(a, V))
         assert np.array_equal(c.metadata[nf4_tensors.NESTED_LEVELS], dynamic_map())
+
+
+def test_nf4_beside_other_types(folder, tmp_path):
+    convert(folder, "q4_0", tmp_path / "a.gguf", tensor_types=["ffn_down=nf4"])
+    with gguf.open(tmp_path / "a.gguf") as f:
+        assert f.tensors[DOWN].type == "NF4" and f.tensors[V].type == "Q4_0" and f.metadata["general.file_type"] == 2
+    convert(folder, "nf4_dq", tmp_path / "b.gguf", tensor_types=["attn_v=q8_0"], output_tensor_type="q6_k")
+    with gguf.open(tmp_path / "b.gguf") as f:
+        assert f.tensors[V].type == "Q8_0" and f.tensors["output.weight"].type == "Q6_K"
+        assert f.tensors[DOWN].maxima.is_nested
+    convert(folder, "nf4", tmp_path / "c.gguf", pure=True)
+    with gguf.open(tmp_path / "c.gguf") as f:
+        assert f.tensors["token_embd.weight"].type == f.tensors["output.weight"].type == "NF4"
+    for name in "abc":
+        assert np.isfinite(logits(tmp_path / f"{name}.gguf")).all()
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_maxima_that_are_not_finite(tmp_path, nested):
+    folder = quantized_checkpoints.quantize(checkpoints.make(tmp_path / "checkpoint"), nested=nested)
+    path = folder / "model.safetensors"
+    tensors = safetensors_numpy.load_file(path)
+    tensors[f"model.layers.1.mlp.down_proj.weight.{'nested_' * nested}absmax"][0] = np.nan
+    safetensors_numpy.save_file(tensors, path, metadata={"format": "pt"})
+    for type in ("nf4", "nf4_dq", "q8_0"):
+        with pytest.raises(FormatError, match=r"down_proj.*NaN or infinite"):
+            convert(folder, type, tmp_path / "a.gguf")
+    assert not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob(".*"))
 
 
 def test_inspect(folder, tmp_path):

@@ -85,9 +85,19 @@ def _error(t: TensorType) -> tuple[float | None, bool]:
 
 def _file_type(t: FileType, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
     of = known.get(t.type)
-    write = not t.note and of is not None and of["write"]
-    return {"name": t.name, "id": t.id if t.id >= 0 else None, "type": t.type, "write": write,
-            "bits_per_weight": of["bits_per_weight"] if of is not None else None, "note": t.note or None}  # fmt: skip
+    bits = of["bits_per_weight"] if of is not None else None
+    if t.nested:  # NF4 with double quantization: the maxima take a byte each, and 4 for each 256
+        from ggufkit_formats.blocks.nf4 import BLOCK, NESTED_BLOCK
+
+        bits = 4 + 8 / BLOCK + 32 / (BLOCK * NESTED_BLOCK)
+    return {
+        "name": t.name,
+        "id": t.id if t.id >= 0 else None,
+        "type": t.type,
+        "write": not t.note and of is not None and of["write"],
+        "bits_per_weight": bits,
+        "note": t.note or None,
+    }
 
 
 def _can(t: dict[str, Any]) -> tuple[bool, ...]:

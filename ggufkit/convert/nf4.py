@@ -16,6 +16,7 @@ import numpy as np
 from ggufkit_formats import nf4_tensors
 from ggufkit_formats.blocks import TYPES
 from ggufkit_formats.blocks.nf4 import FourBitType, dynamic_map, encode_4bit
+from ggufkit_formats.errors import FormatError
 from ggufkit_formats.four_bit import FourBitTensor
 from ggufkit_formats.gguf import Planned
 from ggufkit_runtime.models import permuted_rows
@@ -114,7 +115,7 @@ class Nf4Output:
             return packed.reshape(stop - start, cols // 2)[permuted_rows(stop - start, (stop - start) // head_rows)]
 
         def maxima() -> np.ndarray:
-            found = source.maxima.read(0, source.maxima.n)
+            found = _finite(source.maxima.read(0, source.maxima.n))
             if head_rows:
                 found = found.reshape(rows, -1)[permuted_rows(rows, rows // head_rows)].reshape(-1)
             return found
@@ -126,7 +127,7 @@ class Nf4Output:
         if self.nested and levels is not None and levels.tobytes() == self.book.nested_levels.tobytes():
             yield parts[1], nbytes, lambda: source.maxima.read_codes(0, source.maxima.n)
             second, offset = source.maxima.read_second, source.maxima.read_offset
-            yield parts[2], 0, lambda: nf4_tensors.nested_bytes(second(), offset())
+            yield parts[2], 0, lambda: nf4_tensors.nested_bytes(_finite(second()), _finite(offset()))
         else:
             yield from self._maxima(parts, nbytes, maxima)
 
@@ -164,6 +165,12 @@ class Nf4Output:
         both = _Once(lambda: nf4_tensors.encode_absmax(maxima(), True, self.book.nested_levels))
         yield parts[1], nbytes, lambda: both()[0]
         yield parts[2], 0, lambda: both()[1]
+
+
+def _finite(maxima: Any) -> Any:
+    if not np.isfinite(maxima).all():
+        raise FormatError("maxima of blocks that are NaN or infinite")
+    return maxima
 
 
 class _Collected:
