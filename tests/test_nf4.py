@@ -182,6 +182,26 @@ def test_other_readers_open_and_list_the_file(tmp_path, nested):
     np.testing.assert_array_equal(np.array(reader.fields["ggufkit.nf4.levels"].contents(), F32), NF4_LEVELS)
 
 
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_a_big_endian_file(tmp_path, nested):
+    x = weights((6, 96))
+    with gguf.open(write(tmp_path / "little.gguf", {"x.weight": x}, nested)) as little:
+        writer = gguf_package.GGUFWriter(tmp_path / "big.gguf", "llama", endianess=gguf_package.GGUFEndian.BIG)
+        for key in (nf4_tensors.VERSION, nf4_tensors.BLOCK_SIZE, *[nf4_tensors.NESTED_BLOCK_SIZE] * nested):
+            writer.add_uint32(key, little.metadata[key])
+        for key in (nf4_tensors.LEVELS, *[nf4_tensors.NESTED_LEVELS] * nested):
+            writer.add_array(key, little.metadata[key].tolist())
+        for name, part in little.stored.items():
+            writer.add_tensor(name, part.raw.reshape(-1).view(part.type.fields).reshape(part.shape))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with gguf.open(tmp_path / "big.gguf") as big:
+            assert big.byte_order == "big" and big.tensors["x.weight"].type == "NF4"
+            assert np.array_equal(big.tensors["x.weight"].dequantize(), little.tensors["x.weight"].dequantize())
+
+
 # -- files that lie ------------------------------------------------------------------------------------
 
 
