@@ -29,7 +29,7 @@ def test_types():
     assert errors == sorted(errors)
     file_types = {t["name"]: t for t in found["file_types"]}
     assert file_types["Q4_K_M"] == {
-        "name": "Q4_K_M", "id": 15, "type": "Q4_K", "write": True, "bits_per_weight": 4.5, "note": None,
+        "name": "Q4_K_M", "id": 15, "type": "Q4_K", "write": True, "bits_per_weight": 4.5,
     }  # fmt: skip
     assert file_types["NF4"]["write"] and file_types["NF4"]["id"] is None
     assert round(file_types["NF4_DQ"]["bits_per_weight"], 3) == 4.127

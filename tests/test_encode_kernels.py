@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from encode_cases import ROWS, differences
-from ggufkit_formats.blocks import find
-from ggufkit_formats.errors import FormatError, UnsupportedError
+from ggufkit_formats.blocks import TYPES, find
+from ggufkit_formats.errors import FormatError, UnsupportedError, UsageError
 from ggufkit_kernels.cpu.encode import ENCODERS, PIECE, encode
 from ggufkit_kernels.cpu.simd import LANES, SETTING
 from nasty_weights import COLS, large_rows
@@ -21,8 +21,9 @@ from nasty_weights import COLS, large_rows
 NAMES = list(ENCODERS)
 
 
-def test_every_k_type_and_every_common_legacy_type_has_a_kernel():
-    assert set(NAMES) == {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
+def test_every_type_with_scales_has_a_kernel():
+    activations = {"Q8_1", "Q8_K"}
+    assert set(NAMES) == {name for name, t in TYPES.items() if t.is_quantized} - activations
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -121,6 +122,15 @@ def test_one_bad_weight_far_behind_is_found(threads):
     x[-1, -1] = 1e30
     with pytest.raises(FormatError, match="weights are too large for Q4_K: scale not finite in float16"):
         encode("q4_k", x, threads=threads)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if find(name).ignores_importance])
+def test_importance_that_changes_nothing(name):
+    x = ROWS["weights"]
+    importance = np.linspace(0, 1, COLS, dtype=np.float32)
+    np.testing.assert_array_equal(encode(name, x, importance), find(name).encode(x))
+    with pytest.raises(UsageError, match=r"importance has shape \(255,\)"):
+        encode(name, x, importance[:-1])
 
 
 def test_types_without_a_kernel_and_wrong_arguments():

@@ -30,8 +30,9 @@ memory.
 
 `TensorType.encode` is the definition, in NumPy; `ggufkit_kernels.cpu.encode.encode` gives the same bytes from compiled
 loops. Without an importance matrix both give the bytes of `ggml_quantize_chunk` (for Q8_1 and Q8_K, which it does not
-know, of `quantize_row_q8_1_ref` and `quantize_row_q8_K_ref`). With one they raise UnsupportedError. The order of every
-float32 operation counts for that; some places where it shows:
+know, of `quantize_row_q8_1_ref` and `quantize_row_q8_K_ref`). With one they raise UnsupportedError, except for ternary
+and 4-bit float types, Q1_0 and Q2_0, where it changes nothing. The order of every float32 operation counts for that;
+some places where it shows:
 
 - Legacy types multiply by 1 / d, K types divide by d; d is used before its rounding to float16 by the legacy types and
   after it by the K types.
@@ -42,16 +43,27 @@ float32 operation counts for that; some places where it shows:
 - A group's codes come from the stored scales, except where those became 0: there from the search.
 - Q3_K stores a block without scales as scale bytes 0, not as scales of 0.
 - Groups whose largest weight is below 1e-15 count as zero in Q3_K and Q6_K.
+- TQ1_0, TQ2_0 and Q2_0 multiply by 1 / d, with d before its rounding to float16, and round halves away from zero. Where
+  1 / d overflows (d below 2.9e-39), all codes are 1 in TQ1_0 and TQ2_0 and 0 in Q2_0; the stored d is 0 anyway.
+- Q1_0's d is a sum of 128 magnitudes, one after the other. Zeros of both signs count as positive.
+- MXFP4's exponent is that of float32's log2, which is rounded: weights just below a power of two (up to 44 steps below
+  2¹⁰⁰) already get the power's exponent. Below 2⁻¹²⁶ the exponent wraps around (241 for 1e-42) before all-zero codes.
+- NVFP4's scales from 256 on become 448. Weights beyond 2688 become 2688; beyond 1.5e10, where float32 loses the
+  difference of two levels, smaller levels, and at last 0: the first of equal errors counts.
 - Q8_K's `bsums` of a block of zeros are 0; ggml leaves them unwritten.
 
 ## What encoding refuses
 
 ggml writes any block and looks at it when a file is loaded with its tensors checked (`ggml_validate_row_data`: a `d`,
-`dmin` or `m` that is infinite or NaN). We raise FormatError before anything is written, for a type with scales, when
+`dmin` or `m` that is infinite or NaN, an `e` of 255). We raise FormatError before anything is written, for a type with
+scales, when
 
 - a weight is NaN or infinite;
-- a scale is not finite in its field's precision. That begins at weights of 65520 in Q4_1 and Q5_1, 5.2e5 in Q4_0, 9e5
-  in Q2_K, 1e6 in Q5_0, 4e6 in Q4_K, 7e6 in Q3_K, 8.3e6 in Q8_0, 2.6e8 in Q6_K (K types: about, by their signs);
+- a scale is not finite in its field's precision. That begins at weights of 65520 in Q4_1, Q5_1, TQ1_0, TQ2_0, Q1_0 and
+  Q2_0, 5.2e5 in Q4_0, 9e5 in Q2_K, 1e6 in Q5_0, 4e6 in Q4_K, 7e6 in Q3_K, 8.3e6 in Q8_0, 2.6e8 in Q6_K (K types: about,
+  by their signs; Q1_0: on average);
+- MXFP4's exponent would be 255, which stands for NaN: blocks whose largest weight is from 2⁻¹²⁶ to 2⁻¹²⁵ (and only
+  those: NVFP4, and MXFP4 otherwise, take any finite weight);
 - a search for scales overflows float32 (Q3_K and Q6_K, weights beyond 1e12): ggml then writes a valid block that
   decodes to zeros, which is no answer to weights that large;
 - the block does not divide the row.
@@ -76,6 +88,17 @@ processors give about twice as much. `python tools/bench_encode.py` prints the f
 | Q4_K | 161 | 13 | 12.2 | 4.2 | 249 |
 | Q5_K | 195 | 15 | 12.9 | 5.4 | 189 |
 | Q6_K | 318 | 29 | 11.0 | 6.6 | 190 |
+
+The same on a Zen 4 (AVX-512) that other work was going on at:
+
+| type | `kernels…encode` | ggml | ratio |
+|---|---|---|---|
+| TQ1_0 | 4181 | 353 | 11.8 |
+| TQ2_0 | 4777 | 315 | 15.2 |
+| Q1_0 | 4312 | 185 | 23.3 |
+| Q2_0 | 4158 | 301 | 13.8 |
+| MXFP4 | 1190 | 178 | 6.7 |
+| NVFP4 | 1129 | 40 | 28.6 |
 
 ## All types
 

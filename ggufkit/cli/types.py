@@ -41,8 +41,8 @@ def command(as_json: bool) -> None:
     ]
     header = ("tensor type", "id", "block", "bits/weight", "read", "write", "CPU", "CUDA", "error")
     sys.stdout.write(screen.table(rows, header, (1, 2, 3, 8)) + "\n\n")
-    rows = [(t["name"], _id(t["id"]), t["type"], _yes(t["write"]), t["note"] or "") for t in file_types]
-    sys.stdout.write(screen.table(rows, ("file type", "id", "mostly", "write", ""), (1,)) + "\n\n")
+    rows = [(t["name"], _id(t["id"]), t["type"], _yes(t["write"])) for t in file_types]
+    sys.stdout.write(screen.table(rows, ("file type", "id", "mostly", "write"), (1,)) + "\n\n")
     sys.stdout.write("error: relative RMSE of normal random weights, quantized and back\n")
 
 
@@ -94,9 +94,8 @@ def _file_type(t: FileType, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "name": t.name,
         "id": t.id if t.id >= 0 else None,
         "type": t.type,
-        "write": not t.note and of is not None and of["write"],
+        "write": of is not None and of["write"],
         "bits_per_weight": bits,
-        "note": t.note or None,
     }
 
 

@@ -140,8 +140,6 @@ _ACTIVATIONS = ("Q8_1", "Q8_K")  # what matmuls round their inputs to; no file h
 
 
 def _supported(file_type: FileType) -> FileType:
-    if file_type.note:
-        raise UnsupportedError(f"file type {file_type.name} cannot be made: {file_type.note}")
     if file_type.type not in blocks.TYPES:
         raise UnsupportedError(f"file type {file_type.name} cannot be made yet")
     return file_type

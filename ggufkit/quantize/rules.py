@@ -15,11 +15,7 @@ from .file_types import FALLBACK, KEPT, NEEDS_IMATRIX, RAISED, SHARED, Case, Fil
 # Block lengths of types that the registry has no class for yet.
 _PENDING_BLOCKS = {
     **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), 256),
-    **dict.fromkeys(("TQ1_0", "TQ2_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"), 256),
-    **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4"), 32),
-    "Q1_0": 128,
-    "Q2_0": 64,
-    "NVFP4": 64,
+    "IQ4_NL": 32,
 }
 
 # Types whose blocks may run across rows.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,11 +70,7 @@ def load(
         ends = [type for name, type in matrices.items() if not name.startswith("blk.")]
         preparing = ops.prepare([matrices[name] for name in matrices if name.startswith("blk.")], ends, kernels)
         words = tokenizer.from_metadata(file.metadata, pre=pre)
-        # Python's work, while compiled code packs the weights
-        tables = threading.Thread(target=words.prepare, daemon=True)
-        tables.start()
         packed = weights.load(architecture, config, file.tensors, ops, name, progress)
-        tables.join()
         title, file_type = file.metadata.get("general.name"), file.metadata.get("general.file_type")
         info = Info(
             path=Path(path),
@@ -86,8 +81,10 @@ def load(
             n_bytes=sum(t.nbytes for t in file.tensors.values()),
             main_type=_main_type(file.tensors.values()),
         )
-    if preparing is not None:
+    if preparing is not None and preparing.missing:
         preparing.wait()
+    elif preparing is not None:  # linking, in the background, while the first text is read
+        preparing.start()
     return Model(
         architecture, config, packed, ops, words, info, n_ctx or config.n_ctx_train, time.perf_counter() - began
     )

@@ -27,7 +27,7 @@ class Quants:
     The kernels pack these arrays; they never look into a block.
     """
 
-    codes: np.ndarray  # (n, block) uint8, each < 2**bits
+    codes: np.ndarray  # (n, block) uint8, each < 2**bits; a block of the file may be several of these
     bits: int  # 1…8
     offset: int  # subtracted from the code; ignored with a codebook
     group: int  # weights that share a scale; divides the block
@@ -37,6 +37,8 @@ class Quants:
     minimum: np.ndarray | None = None  # (n, block // group) uint8
     codebook: np.ndarray | None = None  # (2**bits,) float32 or int8
     scale_bits: int = 8  # that the type has for a scale and for a minimum, where they are unsigned
+    d_code: np.ndarray | None = None  # (n,) uint8: d as one of few numbers, written in `d_format`
+    d_format: str = ""  # "e8m0": d = 2**(code - 128); "e4m3": half of such a float, code < 128 and no NaN
 
     def decode(self) -> np.ndarray:
         """The weights, float32 (n, block), by the formula above."""
@@ -69,6 +71,7 @@ class TensorType:
     id: int = -1
     block: int = 1  # weights in a block
     fields: np.dtype = np.dtype("u1")  # one block on disk, little endian, packed
+    ignores_importance: bool = False  # whether importance changes no byte, as in ggml
 
     # -- sizes ---------------------------------------------------------------------------------
 
@@ -117,10 +120,7 @@ class TensorType:
         blocks = x.reshape(-1, self.block)
         weights = None
         if importance is not None:
-            if np.shape(importance) != x.shape[-1:]:
-                raise UsageError(
-                    f"importance has shape {np.shape(importance)}; one weight per column is wanted, {x.shape[-1:]}"
-                )
+            check_importance(importance, x.shape[-1])
             per_row = np.asarray(importance, dtype=np.float32).reshape(-1, self.block)
             weights = np.tile(per_row, (blocks.shape[0] // max(1, per_row.shape[0]), 1))
         out = self.encode_blocks(blocks, weights)
@@ -187,6 +187,12 @@ def as_float32(x: np.ndarray) -> np.ndarray:
         raise UsageError(f"numbers are wanted, not an array of {x.dtype}")
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(x, dtype=np.float32)
+
+
+def check_importance(importance: np.ndarray | None, cols: int) -> None:
+    """Raise UsageError where importance is not one weight per column."""
+    if importance is not None and np.shape(importance) != (cols,):
+        raise UsageError(f"importance has shape {np.shape(importance)}; one weight per column is wanted, {(cols,)}")
 
 
 class UnknownType(TensorType):

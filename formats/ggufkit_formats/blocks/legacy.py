@@ -46,9 +46,9 @@ def taken(x: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 
 def nibbles(codes: np.ndarray) -> np.ndarray:
-    """(n, 32) codes -> (n, 16) bytes: the first half in the low nibbles, the second in the high ones."""
-    codes = codes & np.uint8(15)
-    return codes[:, :16] | codes[:, 16:] << 4
+    """(n, 2k) codes -> (n, k) bytes: the first half in the low nibbles, the second in the high ones."""
+    codes, k = codes & np.uint8(15), codes.shape[1] // 2
+    return codes[:, :k] | codes[:, k:] << 4
 
 
 def unpack_nibbles(qs: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Quantize rows of weights fast: the bytes of `TensorType.encode`, many threads, compiled loops.
 
-The kernels stand in ranged.py (Q2_K, Q4_K, Q5_K), signed.py (Q6_K), coordinate.py (Q3_K) and legacy.py. Threads
-take pieces of a megabyte of float32 from a common list, so the extra memory does not grow with the
+The kernels stand in ranged.py (Q2_K, Q4_K, Q5_K), signed.py (Q6_K), coordinate.py (Q3_K), legacy.py, ternary.py and
+fp4.py. Threads take pieces of a megabyte of float32 from a common list, so the extra memory does not grow with the
 input, and nothing is shared between calls: any number of Python threads may encode at once.
 
 Speeds of all types, beside ggml's and the definition's, stand in docs/formats/blocks.md.
@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 from ggufkit_formats.blocks import TensorType, find
-from ggufkit_formats.blocks.base import as_float32
+from ggufkit_formats.blocks.base import as_float32, check_importance
 
 from ..simd import LANES
-from . import coordinate, legacy, ranged, signed
+from . import coordinate, fp4, legacy, ranged, signed, ternary
 
 PIECE = 1 << 18  # weights that a thread takes at a time
 
@@ -50,6 +50,12 @@ ENCODERS: dict[str, Encoder] = {
     "Q4_K": Encoder(ranged.q4_k, ranged.SCRATCH, LANES),
     "Q5_K": Encoder(ranged.q5_k, ranged.SCRATCH, LANES),
     "Q6_K": Encoder(signed.q6_k, signed.SCRATCH, LANES),
+    "TQ1_0": Encoder(ternary.tq1_0),
+    "TQ2_0": Encoder(ternary.tq2_0),
+    "Q2_0": Encoder(ternary.q2_0, 64),
+    "Q1_0": Encoder(ternary.q1_0, ternary.SCRATCH, LANES),
+    "MXFP4": Encoder(fp4.mxfp4),
+    "NVFP4": Encoder(fp4.nvfp4),
 }
 
 
@@ -62,14 +68,15 @@ def encode(
     """float (…, cols) -> uint8 (…, bytes per row), the bytes that `TensorType.encode` gives.
 
     `importance` is one weight per column, (cols,), or None; `threads` defaults to the processors this process may
-    use. Types without a kernel (and importance) go to the NumPy definition. Raises FormatError for rows that
-    are not divisible by the block, not finite, or too large for the type's scales.
+    use. Types without a kernel (and importance where it counts) go to the NumPy definition. Raises FormatError for rows
+    that are not divisible by the block, not finite, or too large for the type's scales.
     """
     type = find(type)
     encoder = ENCODERS.get(type.name)
-    if encoder is None or importance is not None:
+    if encoder is None or (importance is not None and not type.ignores_importance):
         return type.encode(x, importance)
     x = as_float32(x)
+    check_importance(importance, x.shape[-1])
     row_nbytes = type.row_nbytes(x.shape[-1])
     blocks = x.reshape(-1, type.block)
     out = np.empty((len(blocks), type.block_nbytes), np.uint8)
