@@ -105,6 +105,7 @@ def test_it_runs(folder, tmp_path, type):
     assert 0 < kl(reference, logits(tmp_path / "a.gguf")) < 5e-3
     done = run_command("run", "-m", str(tmp_path / "a.gguf"), "--raw", "-n", "4", "--temp", "0", "--json", "the quick")
     assert len(done.json["tokens"]) == 4
+    assert ggufkit.load(tmp_path / "a.gguf", threads=1).info.main_type == "NF4"  # there is no file type to tell it
 
 
 # -- from bitsandbytes ---------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def _tensor_type(t: TensorType) -> dict[str, Any]:
 def _error(t: TensorType) -> tuple[float | None, bool]:
     """The relative RMSE (None where it says nothing: integers), and whether the type can be written."""
     import numpy as np
-    from ggufkit_formats.errors import UnsupportedError
+    from ggufkit_formats.errors import GgufkitError
 
     from ..compare import Summed
 
@@ -73,7 +73,7 @@ def _error(t: TensorType) -> tuple[float | None, bool]:
     for importance in (None, np.ones(SAMPLE[1], np.float32)):  # some types cannot do without
         try:
             raw = t.encode(x, importance)
-        except UnsupportedError:
+        except GgufkitError:
             continue
         if t.fields.kind == "i":
             return None, True
