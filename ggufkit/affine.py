@@ -4,6 +4,7 @@
     q = ggufkit.affine.quantize(x, bits=4, axis=0)                  # one a channel (here: a row)
     q = ggufkit.affine.quantize(x, bits=4, group=32)                # one for each 32 values along the last axis
     q = ggufkit.affine.quantize(x, bits=8, symmetric=True)          # codes around 0, zero point 0
+    q = ggufkit.affine.quantize(x, bits=8, limits=(-20, 1000))      # a range that is known, not that of the values
     q.codes, q.scale, q.zero_point, q.dequantize()
 
 docs/affine.md explains the block types of GGUF in these terms. Source: Jacob et al., arXiv 1712.05877, section 2.1.
@@ -46,12 +47,18 @@ class Affine:
 
 
 def quantize(
-    x: np.ndarray, bits: int = 8, symmetric: bool = False, axis: int | None = None, group: int | None = None
+    x: np.ndarray,
+    bits: int = 8,
+    symmetric: bool = False,
+    axis: int | None = None,
+    group: int | None = None,
+    limits: tuple[float, float] | None = None,
 ) -> Affine:
     """Quantize an array to `bits` (2 to 8), by one scale and zero point for each part of it.
 
     A part is the whole array, or with `axis` a slice at one index of that axis (a channel), or with `group` that many
-    neighbours along the last axis, which they must divide.
+    neighbours along the last axis, which they must divide. `limits` (smallest, largest) are taken for those of the
+    values, of every part; what lies outside is clipped.
 
     Asymmetric: codes 0 … 2**bits - 1 cover the range from the smallest to the largest value, widened to include 0, so
     that 0 is exact: scale = (max - min) / (2**bits - 1), zero point = round(-min / scale). Symmetric: codes
@@ -71,13 +78,17 @@ def quantize(
         raise UsageError(f"axis {axis} of an array of {x.ndim} dimensions")
     if group is not None and (x.ndim == 0 or group < 1 or x.shape[-1] % group):
         raise UsageError(f"groups of {group} do not divide an array of shape {x.shape}")
+    if limits is not None and not -np.inf < limits[0] <= limits[1] < np.inf:
+        raise UsageError(f"limits {limits}: a smallest and a largest value are wanted")
     values = x.astype(np.float64)
     if not np.isfinite(values).all():
         raise FormatError("NaN or infinite values cannot be quantized")
     parts = _grouped(values, group)
     over = _reduced(parts.ndim, axis, group)
-    low = np.minimum(parts.min(axis=over, keepdims=True, initial=0.0), 0.0)
-    high = np.maximum(parts.max(axis=over, keepdims=True, initial=0.0), 0.0)
+    low = parts.min(axis=over, keepdims=True, initial=0.0)
+    high = parts.max(axis=over, keepdims=True, initial=0.0)
+    if limits is not None:
+        low, high = np.full_like(low, min(limits[0], 0.0)), np.full_like(high, max(limits[1], 0.0))
     if symmetric:
         largest = (1 << (bits - 1)) - 1
         scale = _scale(np.maximum(-low, high), largest)

@@ -31,6 +31,17 @@ def test_range_minus_20_to_1000_in_8_bits():
     assert q.dequantize().tolist() == [-20, 0, 1000]
 
 
+def test_limits_that_are_given():
+    q = quantize(np.array([250.0, 2000, -3]), bits=8, limits=(0, 1000))
+    assert round(float(q.scale.item()), 2) == 3.92 and q.codes.tolist() == [64, 255, 0]
+    q = quantize(np.array([[0.0, 1000], [-20, 9]]), bits=8, axis=0, limits=(-20, 1000))
+    assert q.scale.tolist() == [[4], [4]] and q.zero_point.tolist() == [[5], [5]] and q.codes[1].tolist() == [0, 7]
+    assert quantize(np.array([300.0]), symmetric=True, limits=(-127, 100)).codes.tolist() == [127]
+    for bad in ((1, 0), (0, np.inf), (np.nan, 1)):
+        with pytest.raises(UsageError, match="limits"):
+            quantize(np.ones(3), limits=bad)
+
+
 def test_symmetric_codes_are_signed():
     q = quantize(np.array([-127.0, 0, 63.4, 127]), symmetric=True)
     assert q.scale.item() == 1 and q.zero_point.item() == 0
