@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -221,12 +222,16 @@ TYPES: dict[str, TensorType] = {}
 BY_ID: dict[int, TensorType] = {}
 
 
-def register(cls: type[TensorType]) -> type[TensorType]:
+T = TypeVar("T", bound=TensorType)
+
+
+def register(cls: type[T]) -> type[T]:
     """Class decorator: make the one instance and enter it in `TYPES` and `BY_ID`."""
     instance = cls()
     assert instance.name not in TYPES and instance.id not in BY_ID, instance.name
     TYPES[instance.name] = instance
-    BY_ID[instance.id] = instance
+    if instance.id >= 0:  # NF4 has none: it is stored as several tensors
+        BY_ID[instance.id] = instance
     return cls
 
 
