@@ -124,6 +124,8 @@ class TensorType:
             importance = as_importance(importance, x.shape[-1])
             if self.uses_importance and x.size:
                 weights = self.error_weights(x.reshape(-1, x.shape[-1]), importance).reshape(-1, self.block)
+            elif self.uses_importance:  # no rows; a type that needs importance was given it
+                weights = np.zeros((0, self.block), np.float32)
         out = self.encode_blocks(x.reshape(-1, self.block), weights)
         self.check_scales(out)
         return out.view(np.uint8).reshape(*x.shape[:-1], row_nbytes)
