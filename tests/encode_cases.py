@@ -9,11 +9,17 @@ import sys
 
 import numpy as np
 from ggufkit_formats.blocks import find
-from ggufkit_kernels.cpu.encode import encode
+from ggufkit_kernels.cpu.encode import WEIGHTED, encode
 from ggufkit_kernels.cpu.simd import FAMILY, LANES
-from nasty_weights import finite_rows
+from nasty_weights import COLS, finite_rows, importances, large_rows, midpoints, powers_of_two, with_scales
 
 ROWS = {name: rows.astype(np.float32) for name, rows in finite_rows(seed=5)}
+ALL_ROWS = np.concatenate(list(ROWS.values()))
+
+
+def in_rows(blocks: np.ndarray) -> np.ndarray:
+    """Blocks (n, 32) as rows (…, COLS), the last few left out."""
+    return blocks[: len(blocks) // 8 * 8].reshape(-1, COLS)
 
 
 def needed(name: str, cols: int) -> np.ndarray | None:
@@ -25,12 +31,15 @@ def needed(name: str, cols: int) -> np.ndarray | None:
 
 def differences(name: str) -> list[str]:
     """What differs between the compiled encoder and the definition, a line a kind of rows."""
-    kinds = ROWS
+    kinds = {what: with_scales(name, rows) for what, rows in ROWS.items()}
     if name.startswith(("IQ1", "IQ2", "IQ3")):  # a slow definition
-        kinds = {what: rows[:12] for what, rows in ROWS.items()}
-    x = np.concatenate(list(kinds.values()))
-    importance = needed(name, x.shape[1])
-    ours, definition = encode(name, x, importance), find(name).encode(x, importance)
+        kinds = {what: rows[:12] for what, rows in kinds.items()}
+    if name in ("MXFP4", "NVFP4"):
+        kinds |= {"midpoints": midpoints().reshape(-1, COLS), "powers of two": in_rows(powers_of_two())}
+        kinds["large"] = np.concatenate(list(large_rows()))
+    every = np.concatenate(list(kinds.values()))
+    importance = needed(name, every.shape[1])
+    ours, definition = encode(name, every, importance), find(name).encode(every, importance)
     start, found = 0, []
     for what, rows in kinds.items():
         part = slice(start, start + len(rows))
@@ -41,8 +50,23 @@ def differences(name: str) -> list[str]:
     return found
 
 
+def weighted_differences(name: str) -> list[str]:
+    """The same with importance: some rows of every kind by each importance."""
+    kinds, found = list(importances(seed=6)), []
+    for i, (what, importance) in enumerate(kinds):
+        x = ALL_ROWS[i :: len(kinds)]
+        different = np.flatnonzero((encode(name, x, importance) != find(name).encode(x, importance)).any(axis=1))
+        if len(different):
+            found.append(f"{name}, {what}: rows {different[:5]} of {len(x)}")
+    return found
+
+
 if __name__ == "__main__":
     print(f"{FAMILY.name} {LANES}")
-    wrong = [line for name in sys.argv[1:] for line in differences(name)]
+    wrong = [
+        line
+        for name in sys.argv[1:]
+        for line in differences(name) + (weighted_differences(name) if name in WEIGHTED else [])
+    ]
     print(*wrong, sep="\n")
     sys.exit(bool(wrong))

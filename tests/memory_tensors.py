@@ -42,6 +42,8 @@ def random_blocks(type: TensorType, rows: int, cols: int, rng: np.random.Generat
     else:
         for name in type.fields.names:
             field = blocks[name]
+            if name == "e":  # an exponent: as small as the floats
+                field[...] = rng.integers(118, 124, field.shape)
             if field.dtype.kind == "f":
                 field[...] = rng.uniform(-0.1, 0.1, field.shape)
         if type.name == "IQ1_M":  # the upper bits of its d are those of the last scales: from -0.12 to 0.12

@@ -128,6 +128,60 @@ def q8_k(b: bytes) -> list[np.float32]:
     return [d * F(signed_byte(b[4 + i])) for i in range(256)]
 
 
+def trit(byte: int, digit: int) -> int:
+    return (byte * 3**digit % 256) * 3 >> 8
+
+
+def tq1_0(b: bytes) -> list[np.float32]:
+    d = half(b, 52)
+    out = [F(trit(b[i % 32], i // 32) - 1) * d for i in range(160)]
+    out += [F(trit(b[32 + i % 16], i // 16) - 1) * d for i in range(80)]
+    return out + [F(trit(b[48 + i % 4], i // 4) - 1) * d for i in range(16)]
+
+
+def tq2_0(b: bytes) -> list[np.float32]:
+    d = half(b, 64)
+    return [F(two_bits(b, i) - 1) * d for i in range(256)]
+
+
+def q1_0(b: bytes) -> list[np.float32]:
+    d = half(b, 0)
+    return [d if b[2 + i // 8] >> i % 8 & 1 else -d for i in range(128)]
+
+
+def q2_0(b: bytes) -> list[np.float32]:
+    d = half(b, 0)
+    return [F((b[2 + i // 4] >> 2 * (i % 4) & 3) - 1) * d for i in range(64)]
+
+
+E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+
+
+def e2m1(code: int) -> np.float32:
+    """Doubled; there is no negative zero."""
+    return F(2 * E2M1[code & 7] * (-1 if code > 8 else 1))
+
+
+def mxfp4(b: bytes) -> list[np.float32]:
+    d = F(2.0 ** (b[0] - 128))
+    return [e2m1(b[1 + i % 16] >> 4 * (i // 16) & 15) * d for i in range(32)]
+
+
+def e4m3(byte: int) -> float:
+    if byte == 0x7F:
+        return 0.0
+    exponent, mantissa = byte >> 3 & 15, byte & 7
+    return mantissa * 2.0**-9 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+
+
+def nvfp4(b: bytes) -> list[np.float32]:
+    out = []
+    for i in range(64):
+        g, j = i // 16, i % 16
+        out.append(e2m1(b[4 + 8 * g + j % 8] >> 4 * (j // 8) & 15) * F(e4m3(b[g]) / 2))
+    return out
+
+
 DECODERS: dict[str, Callable[[bytes], list[np.float32]]] = {
     "Q4_0": q4_0,
     "Q4_1": q4_1,
@@ -141,4 +195,10 @@ DECODERS: dict[str, Callable[[bytes], list[np.float32]]] = {
     "Q5_K": q5_k,
     "Q6_K": q6_k,
     "Q8_K": q8_k,
+    "TQ1_0": tq1_0,
+    "TQ2_0": tq2_0,
+    "Q1_0": q1_0,
+    "Q2_0": q2_0,
+    "MXFP4": mxfp4,
+    "NVFP4": nvfp4,
 }

@@ -58,6 +58,23 @@ def test_quantize_and_dequantize_shapes(shape, dtype):
     assert x.size == 0 or np.abs(back - x).max() < 0.3
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("type", ["q4_0", "q4_k"])
+def test_quantize_with_importance(type):
+    x = np.random.default_rng(0).standard_normal((2, 3, 512))
+    weights = np.where(np.arange(512) % 4, 0.01, 1.0)
+    q = ggufkit.quantize(x, type, importance=weights)
+    error = (ggufkit.dequantize(q, type) - x) ** 2
+    plain = (ggufkit.dequantize(ggufkit.quantize(x, type), type) - x) ** 2
+    assert error[..., ::4].mean() < 0.9 * plain[..., ::4].mean()
+    assert np.array_equal(ggufkit.quantize(x, type, list(weights), threads=1), q)
+    assert ggufkit.quantize(x[:, :0], type, weights).shape == (2, 0, q.shape[-1])
+    with pytest.raises(ggufkit.FormatError, match="infinite"):
+        ggufkit.quantize(np.full((1, 512), np.inf), type, weights)
+    with pytest.raises(ggufkit.UsageError, match="negative"):
+        ggufkit.quantize(x, type, -weights)
+
+
 def test_quantize_takes_any_layout_of_numbers():
     import ml_dtypes
 

@@ -79,17 +79,19 @@ def test_bench(tiny):
     assert done.status in (1, 2) and "1000 tokens do not fit" in done.error
 
 
-@pytest.mark.parametrize("command", ["perplexity", "bench"])
+@pytest.mark.parametrize("command", ["perplexity", "bench", "imatrix"])
 def test_interrupted(command, default_model_path, tmp_path):
     long = tmp_path / "long.txt"
     long.write_text("To be, or not to be: that is the question. " * 4000)
-    args = ["-f", long] if command == "perplexity" else ["-r", "50"]
+    out_file = tmp_path / "m.gguf"
+    args = {"perplexity": ["-f", long], "bench": ["-r", "50"], "imatrix": ["-f", long, "-o", out_file]}[command]
     with start(command, "-m", default_model_path, *args) as process:
         time.sleep(2.5)
         os.kill(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, b"")
     assert "Traceback" not in err.decode() and "error" not in err.decode()
+    assert [path.name for path in tmp_path.iterdir()] == ["long.txt"]
 
 
 # -- progress -----------------------------------------------------------------------------------

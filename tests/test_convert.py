@@ -21,7 +21,8 @@ from ggufkit.quantize.file_types import FILE_TYPES
 
 TYPES = [
     "f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s",
-    "q4_k_m", "q5_k_s", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs", "iq3_s", "iq3_m",
+    "q4_k_m", "q5_k_s", "q5_k_m", "q6_k", "tq1_0", "tq2_0", "q2_0", "mxfp4", "mxfp4_moe", "nvfp4",
+    "iq4_nl", "iq4_xs", "iq3_s", "iq3_m",
 ]  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     "even": {"dim": 256, "ffn": 512, "heads": 4, "kv": 2, "layers": 2},
@@ -102,6 +103,12 @@ def test_bytes_are_ggmls(name: str, type: str, folder: Any, oracle: Any, tmp_pat
             if key not in _ENCODED:
                 _ENCODED[key] = x.view(np.uint8) if entry.type == "F32" else oracle.quantize(tensor.type.id, x)
             assert np.array_equal(tensor.raw.reshape(-1), _ENCODED[key].reshape(-1)), entry
+
+
+def test_bytes_of_q1_0(folder: Any, oracle: Any, tmp_path: Path) -> None:
+    test_bytes_are_ggmls("even", "q1_0", folder, oracle, tmp_path)
+    with pytest.raises(ggufkit.UnsupportedError, match="rows of 96 are not divisible by 128"):
+        convert(folder("odd"), "q1_0", plan=True)
 
 
 def test_metadata_is_that_of_llama_cpps_converter(folder: Any, tmp_path: Path) -> None:
@@ -303,8 +310,6 @@ def test_options(folder: Any, tmp_path: Path) -> None:
         convert(folder("even"), "q4_k", plan=True, output_tensor_type="q8_k")
     with pytest.raises(ggufkit.UsageError, match="should be PATTERN=TYPE"):
         convert(folder("even"), "q4_k", plan=True, tensor_types=["attn_q"])
-    with pytest.raises(ggufkit.UnsupportedError, match="NVFP4 cannot be made"):
-        convert(folder("even"), "nvfp4", plan=True)
 
 
 @pytest.mark.skipif(not llama.available(), reason="xllamacpp is not installed")

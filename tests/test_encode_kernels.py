@@ -11,19 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from encode_cases import ROWS, differences, needed
-from ggufkit_formats.blocks import find
+from encode_cases import ROWS, differences, needed, weighted_differences
+from ggufkit_formats.blocks import TYPES, find
 from ggufkit_formats.errors import FormatError, UnsupportedError, UsageError
-from ggufkit_kernels.cpu.encode import ENCODERS, PIECE, encode
+from ggufkit_kernels.cpu.encode import ENCODERS, PIECE, WEIGHTED, encode
 from ggufkit_kernels.cpu.simd import LANES, SETTING
 from nasty_weights import COLS, large_rows
 
 NAMES = list(ENCODERS)
 
 
-def test_every_k_type_and_every_common_legacy_type_has_a_kernel():
-    legacy = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"}
-    assert set(NAMES) >= legacy | {"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"}
+def test_every_type_with_scales_has_a_kernel():
+    activations = {"Q8_1", "Q8_K"}
+    assert set(NAMES) == {name for name, t in TYPES.items() if t.is_quantized} - activations
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -31,8 +31,13 @@ def test_bytes_of_the_definition(name):
     assert differences(name) == []
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if ENCODERS[name].weighted])
+@pytest.mark.parametrize("name", WEIGHTED)
 def test_bytes_of_the_definition_with_importance(name):
+    assert weighted_differences(name) == []
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if ENCODERS[name].weights == "row"])
+def test_bytes_of_the_definition_with_a_row_s_importance(name):
     """In rows of any length, and beyond a piece: importance goes by the column."""
     t, rng = find(name), np.random.default_rng(12)
     x = np.concatenate([rows[20:50] for rows in ROWS.values()])
@@ -108,6 +113,39 @@ def test_any_number_of_rows_and_any_shape(name):
     np.testing.assert_array_equal(encode(t, blocks, w), t.encode(blocks, w))
 
 
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_importance_goes_round_with_every_row(name):
+    """Rows of several blocks, more than a piece, any number of threads."""
+    t = find(name)
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal((PIECE // (6 * COLS) + 3, 6 * COLS)).astype(np.float32)
+    importance = (rng.standard_normal(6 * COLS) ** 2).astype(np.float32)
+    whole = encode(t, x, importance, threads=3)
+    at = np.array([0, 1, 7, len(x) // 2, len(x) - 1])
+    np.testing.assert_array_equal(whole[at], t.encode(x[at], importance))
+    np.testing.assert_array_equal(encode(t, x[:5], importance, threads=1), whole[:5])
+    np.testing.assert_array_equal(encode(t, x[:6].reshape(2, 3, -1), importance), whole[:6].reshape(2, 3, -1))
+    np.testing.assert_array_equal(
+        encode(t, x[0, : t.block], importance[: t.block]), t.encode(x[0, : t.block], importance[: t.block])
+    )
+    assert encode(t, x[:0], importance).shape == (0, t.row_nbytes(6 * COLS))
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_refuses_exactly_what_the_definition_refuses_with_importance(name):
+    t = find(name)
+    for x in list(large_rows())[::7]:
+        rows = np.concatenate([ROWS["normal"][:3], x])
+        importance = np.linspace(0.1, 3, COLS).astype(np.float32)
+        try:
+            definition = t.encode(rows, importance)
+        except FormatError as error:
+            with pytest.raises(FormatError, match=str(error)):
+                encode(t, rows, importance)
+        else:
+            np.testing.assert_array_equal(encode(t, rows, importance), definition)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
 def test_a_weight_that_is_not_finite_is_found_wherever_it_stands(name, bad):
@@ -140,13 +178,24 @@ def test_one_bad_weight_far_behind_is_found(threads):
         encode("q4_k", x, threads=threads)
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if not find(name).uses_importance])
+def test_importance_that_changes_nothing(name):
+    x = ROWS["weights"]
+    importance = np.linspace(0, 1, COLS, dtype=np.float32)
+    np.testing.assert_array_equal(encode(name, x, importance), find(name).encode(x))
+    with pytest.raises(UsageError, match=r"importance has shape \(255,\)"):
+        encode(name, x, importance[:-1])
+
+
 def test_types_without_a_kernel_and_wrong_arguments():
     x = ROWS["normal"]
     for name in ("F16", "BF16", "Q8_1", "Q8_K"):
         np.testing.assert_array_equal(encode(name, x), find(name).encode(x))
     with pytest.raises(FormatError, match="Q4_K needs rows divisible by 256, not 255"):
         encode("q4_k", x[:, :-1])
-    with pytest.raises(UnsupportedError, match="importance"):
-        encode("q4_k", x, importance=np.ones(COLS, np.float32))
+    for name in ("F16", "Q8_0", "Q8_K", "Q4_K"):
+        with pytest.raises(UsageError, match="importance has shape"):
+            encode(name, x, importance=np.ones(COLS + 1, np.float32))
+    np.testing.assert_array_equal(encode("q8_0", x, np.ones(COLS)), encode("q8_0", x))
     with pytest.raises(UnsupportedError, match="did you mean"):
         encode("q4_q", x)

@@ -22,6 +22,7 @@ CHECKPOINT = DATA / "small-model"
 TEXT = (DATA / "small-model-heldout.txt").read_text(encoding="utf-8")
 FILE_TYPES = (
     "f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k",
+    "tq2_0", "mxfp4", "nvfp4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tq1_0", "q1_0", "q2_0")),
 )  # fmt: skip
 CTX, CHUNKS = 256, 8
 GREEDY = Sampler(temperature=0)
@@ -92,7 +93,9 @@ def test_gguf_package_reads_what_convert_writes(converted):
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    _, path = converted
+    name, path = converted
+    if name in ("q1_0", "q2_0"):
+        pytest.skip("gguf does not decode it yet")
     reader = GGUFReader(path)
     with gguf.open(path) as file:
         assert [t.name for t in reader.tensors] == list(file.tensors)

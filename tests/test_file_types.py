@@ -74,9 +74,10 @@ def test_ids() -> None:
            "Q3_K_M": 12, "Q3_K_L": 13, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18,
            "IQ2_XXS": 19, "IQ2_XS": 20, "Q2_K_S": 21, "IQ3_XS": 22, "IQ3_XXS": 23, "IQ1_S": 24, "IQ4_NL": 25,
            "IQ3_S": 26, "IQ3_M": 27, "IQ2_S": 28, "IQ2_M": 29, "IQ4_XS": 30, "IQ1_M": 31, "BF16": 32, "TQ1_0": 36,
-           "TQ2_0": 37, "MXFP4_MOE": 38, "NVFP4": 39, "Q1_0": 40, "Q2_0": 41}  # fmt: skip
+           "TQ2_0": 37, "MXFP4_MOE": 38, "MXFP4": 38, "NVFP4": 39, "Q1_0": 40, "Q2_0": 41}  # fmt: skip
     assert {t.name: t.id for t in FILE_TYPES.values()} == ids
     assert file_types.by_id(15) is FILE_TYPES["Q4_K_M"]
+    assert file_types.by_id(38) is FILE_TYPES["MXFP4_MOE"]  # llama.cpp's name for the number
     assert file_types.by_id(4) is None
 
 
@@ -150,6 +151,29 @@ def test_mxfp4_is_for_stacked_experts() -> None:
     ]
     choices = choose(FILE_TYPES["MXFP4_MOE"], listed, model)
     assert [choices[name].type for name, _ in listed] == ["MXFP4", "Q8_0", "Q8_0"]
+
+
+def test_mxfp4_moe_of_a_dense_model_is_q8_0() -> None:
+    shape = ANSWERS["llama3_8b"]["shape"]
+    choices = choose(file_types.find("mxfp4_moe"), tensors(**shape), facts(**shape))
+    assert {choices[name].type for name, dims in tensors(**shape) if len(dims) > 1} == {"Q8_0"}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["MXFP4", "NVFP4"])
+def test_4_bit_floats_in_every_matrix_but_the_ends(name: str, tied: bool) -> None:
+    shape = ANSWERS["llama3_8b"]["shape"] | {"tied": tied}
+    choices = choose(file_types.find(name.lower()), tensors(**shape), facts(**shape))
+    for tensor, dims in tensors(**shape):
+        if len(dims) > 1:
+            ends = tensor in ("token_embd.weight", "output.weight")
+            assert choices[tensor].type == choices[tensor].asked == ("Q8_0" if ends else name)
+
+
+def test_rows_that_4_bit_floats_do_not_divide() -> None:
+    listed = [("blk.0.attn_q.weight", (8, 96)), ("blk.0.attn_k.weight", (8, 80)), ("output.weight", (8, 96))]
+    assert [c.type for c in choose(FILE_TYPES["NVFP4"], listed, MODEL).values()] == ["Q8_0", "F16", "Q4_0"]
+    assert [c.type for c in choose(FILE_TYPES["MXFP4"], listed, MODEL).values()] == ["Q8_0", "F16", "MXFP4"]
 
 
 def test_what_is_not_quantized() -> None:

@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 from ggufkit_formats.blocks import TYPES, TensorType, find
+from ggufkit_formats.blocks.fp4 import e4m3, e8m0
 from ggufkit_formats.errors import UsageError
 from ggufkit_kernels.cpu import ops as cpu_ops
 from ggufkit_kernels.cpu.jit import kernel
@@ -236,9 +237,24 @@ def widen(source, target, count):
 
 
 @kernel
+def widen_bytes(source, target, count):
+    for i in range(count):
+        target[i] = get_number(source + i, 3)
+        target[count + i] = get_number(source + i, 4)
+
+
+@kernel
 def narrow(values, target, count):
     for i in range(count):
         put_f16(target + 2 * i, values[i])
+
+
+def test_scales_of_8_bits() -> None:
+    codes = np.arange(256, dtype=np.uint8)
+    got = np.empty((2, 256), np.float32)
+    widen_bytes(codes.ctypes.data, got.reshape(-1), 256)
+    assert np.array_equal(got[0].view(np.uint32), e8m0(codes).view(np.uint32))
+    assert np.array_equal(got[1, :128], e4m3(codes[:128]))
 
 
 def test_half_conversion_of_all_values() -> None:

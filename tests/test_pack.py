@@ -11,6 +11,7 @@ from ggufkit_kernels.cpu.simd import LANES
 from memory_tensors import MadeUp, encoded, from_raw, random_blocks
 
 SIZES = {"Q4_0": 1.0, "Q4_1": 1.0, "Q5_0": 1.0, "Q5_1": 1.0, "Q8_0": 1.0, "F32": 1.0, "F16": 1.0, "BF16": 1.0}
+SIZES |= {"TQ1_0": 1.23, "TQ2_0": 1.0, "Q1_0": 1.05, "Q2_0": 1.0, "MXFP4": 1.05, "NVFP4": 1.05}  # tables: 192 bytes
 SIZES |= {"Q4_K": 1.05, "Q5_K": 1.05, "Q6_K": 1.05, "Q3_K": 1.05, "Q2_K": 1.2}
 SIZES |= {"IQ4_NL": 1.02, "IQ4_XS": 1.05, "IQ3_S": 1.3, "IQ3_XXS": 1.45, "IQ2_S": 1.45, "IQ2_XS": 1.6, "IQ2_XXS": 1.7}
 SIZES |= {"IQ1_S": 2.2, "IQ1_M": 2.1}

@@ -155,7 +155,10 @@ def test_limits_measure_something():
 @pytest.mark.parametrize("words", [1 << 10, 32 * 1001])
 def test_reading_reads_all(words: int):
     x = np.random.default_rng(0).integers(0, 1 << 60, words, dtype=np.uint64)
-    assert limits.read_one(x) == limits.read_four(x) == x.sum()
+    raw = np.zeros(words + 8, np.uint64)
+    aligned = raw[-raw.ctypes.data % limits.LINE // 8 :][:words]
+    aligned[:] = x
+    assert [limits.Reader(streams).run(aligned) for streams in (1, 4)] == [int(x.sum())] * 2
 
 
 @pytest.mark.parametrize("name", [name for name in limits.DOTS if "dotprod" not in name])
@@ -203,6 +206,9 @@ def test_growth_and_limits():
     found = report.limits(result())
     assert found["bandwidth"]["best"] == 20e9
     assert found["bandwidth"]["ggufkit"] == {"bytes_per_s": 18e9, "share": pytest.approx(0.9)}
+    paired = result()
+    paired.bandwidth = {"one": [18e9], "four": [24e9]}
+    assert report.limits(paired)["bandwidth"]["ggufkit"]["paired"] == pytest.approx(0.75)
     done = 110 * 2 * (1_000_000_000 + 50_000_000 / 512)
     assert found["int8"]["ggufkit"]["share"] == pytest.approx(done / 440e9)
 

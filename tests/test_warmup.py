@@ -72,4 +72,5 @@ def test_every_type_that_packs_by_a_map_is_known():
     for type in TYPES.values():
         names = [entry.name for entry in prepare.of_types([type])]
         assert len(names) == len(set(names))
+    assert "pack_fast.pack_tq1_0" in [entry.name for entry in prepare.of_types([find("TQ1_0")])]
     assert len(prepare.of_types([find("Q4_0"), find("Q4_0")])) == len(prepare.of_types([find("Q4_0")]))

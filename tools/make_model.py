@@ -106,10 +106,8 @@ def write(shape: str, type: str, path: Path, seed: int = 0, overwrite: bool = Fa
     if shape not in SHAPES:
         raise UnsupportedError(f"unknown shape {shape!r} (known: {', '.join(SHAPES)})")
     file_type = file_types.find(type)
-    if file_type.note or file_type.type not in blocks.TYPES:
-        raise UnsupportedError(
-            f"file type {file_type.name} cannot be written" + (file_type.note and f": {file_type.note}")
-        )
+    if file_type.type not in blocks.TYPES:
+        raise UnsupportedError(f"file type {file_type.name} cannot be written")
     settings = SHAPES[shape]
     config = llama.config_from_hf(settings)
     facts = file_types.ModelFacts(llama.ARCH, config.n_layers, config.n_heads, config.n_kv_heads)

@@ -20,6 +20,7 @@ COMMANDS = {
     "inspect": "Show the metadata and tensors of a GGUF file.",
     "tokenize": "Show the token ids of a text.",
     "perplexity": "Measure how well a model predicts a text.",
+    "imatrix": "Make an importance matrix for convert.",
     "bench": "Measure tokens per second.",
     "warmup": "Compile kernels before they are needed.",
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import numpy as np
 from ggufkit_formats import blocks, gguf
 from ggufkit_formats.blocks import TensorType
 from ggufkit_formats.blocks.base import UnknownType
-from ggufkit_formats.errors import GgufkitError, UnsupportedError, UsageError
+from ggufkit_formats.errors import FormatError, GgufkitError, UnsupportedError, UsageError
 
 from ..quantize import file_types
+from ..quantize import imatrix as importance
 from ..quantize.file_types import FileType
-from ..quantize.rules import Choice, Overrides, choose, order
+from ..quantize.rules import Choice, Overrides, choose, needs_imatrix, order
 from .job import FILE_TYPE, Input, Job
 from .report import Entry, Report
 
@@ -40,6 +42,7 @@ def convert(
     token_embedding_type: str | None = None,
     pure: bool = False,
     pre_tokenizer: str | None = None,
+    imatrix: str | os.PathLike[str] | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     started: Callable[[Report], None] | None = None,
@@ -54,8 +57,9 @@ def convert(
     type's rules, but not `output_tensor_type` and `token_embedding_type`; `pure` switches the rules off. Rows that a
     type's blocks do not divide fall back to another type, or with `no_fallback` raise UnsupportedError. Tensors that
     are quantized already need `allow_requantize`. `pre_tokenizer` names the tokenizer's pre-tokenizer where it is not
-    recognised. `progress` is called with (bytes of the source done, bytes in all), `started` with the report before
-    the first byte.
+    recognised. `imatrix` is an importance matrix, from `ggufkit imatrix` or llama-imatrix (in either form): errors in
+    columns that matter more count more. Some file types need one. `progress` is called with (bytes of the source done,
+    bytes in all), `started` with the report before the first byte.
 
     All that can be checked is checked before the first byte is written; NaN and infinities are found on the way and
     raise FormatError naming the tensor. An exception leaves nothing behind. Memory stays bounded whatever the size.
@@ -67,13 +71,18 @@ def convert(
         token_embedding_type and _encodable(token_embedding_type).name,
         pure,
     )
+    matrix = None if imatrix is None else importance.read(imatrix)
     job = _read(source, pre_tokenizer)
     try:
         job.inputs.sort(key=lambda each: order(each.name))
         tensors = [(each.name, each.shape) for each in job.inputs]
-        choices = choose(file_type, tensors, job.facts, overrides)
+        choices = choose(file_type, tensors, replace(job.facts, has_imatrix=matrix is not None), overrides)
         _check_choices(job, choices, no_fallback, allow_requantize)
         metadata = job.metadata | {FILE_TYPE: np.uint32(file_type.id)}
+        if matrix is not None:
+            _check_importance(job, matrix, choices, file_type)
+            notes = matrix.metadata()
+            metadata = {key: value for key, value in metadata.items() if key not in notes} | notes
         planned = gguf.Plan(metadata, [_described(each, choices[each.name]) for each in job.inputs])
         target = _target(output, job.name, file_type)
         report = Report.of(file_type.name, str(target), planned, choices, job.notes)
@@ -82,20 +91,21 @@ def convert(
         gguf.check_target(target, planned.nbytes, overwrite)
         if started is not None:
             started(report)
-        _write(job, planned, target, overwrite, threads, progress)
+        _write(job, planned, target, overwrite, threads, progress, matrix)
         return report
     finally:
         job.close()
 
 
 def _write(job: Job, planned: gguf.Plan, target: Path, overwrite: bool, threads: int | None,
-           progress: Callable[[int, int], None] | None) -> None:  # fmt: skip
+           progress: Callable[[int, int], None] | None, matrix: importance.Imatrix | None) -> None:  # fmt: skip
     from ggufkit_kernels.cpu.team import default_threads
 
     from . import pipeline
 
     with gguf.Writer(target, planned, overwrite) as writer:
-        pipeline.write(job.inputs, planned.tensors, writer, threads or default_threads(), progress)
+        known = None if matrix is None else matrix.importance
+        pipeline.write(job.inputs, planned.tensors, writer, threads or default_threads(), progress, known)
 
 
 # -- what to convert -------------------------------------------------------------------------------
@@ -136,8 +146,6 @@ _ACTIVATIONS = ("Q8_1", "Q8_K")  # what matmuls round their inputs to; no file h
 
 
 def _supported(file_type: FileType) -> FileType:
-    if file_type.note:
-        raise UnsupportedError(f"file type {file_type.name} cannot be made: {file_type.note}")
     if file_type.type not in blocks.TYPES:
         raise UnsupportedError(f"file type {file_type.name} cannot be made yet")
     return file_type
@@ -196,6 +204,15 @@ def _check_choices(job: Job, choices: dict[str, Choice], no_fallback: bool, allo
         lossy = any(choices[each.name].type not in file_types.PLAIN for each in again)
         end = "are quantized again: quality suffers" if lossy else "become wider: lost precision does not come back"
         job.notes.append(f"{len(again)} tensors that were quantized already {end}")
+
+
+def _check_importance(job: Job, matrix: importance.Imatrix, choices: dict[str, Choice], file_type: FileType) -> None:
+    """Raise FormatError where the matrix is another model's, or lacks a tensor that must have importance."""
+    shapes = {each.name: each.shape for each in job.inputs}
+    job.notes += importance.check(matrix, shapes, job.source)
+    for name, choice in choices.items():
+        if needs_imatrix(name, choice.type, file_type) and matrix.importance(name, shapes[name]) is None:
+            raise FormatError(f"{matrix.file}: has no importance for {name!r}, which {choice.type} needs")
 
 
 def _decodable(kind: TensorType) -> bool:

@@ -27,17 +27,26 @@ _LARGEST_FINITE = {"F16": 0x7BFF, "BF16": 0x7F7F}  # bits without the sign
 
 Progress = Callable[[int, int], None]  # bytes of the source done, bytes in all
 Step = Callable[[], np.ndarray]
+Importance = Callable[[str, tuple[int, ...]], np.ndarray | None]  # name, shape -> (matrices, cols), if there is any
 
 
-def write(inputs: list[Input], planned: list[Planned], writer: Writer, threads: int, progress: Progress | None) -> None:
+def write(
+    inputs: list[Input],
+    planned: list[Planned],
+    writer: Writer,
+    threads: int,
+    progress: Progress | None,
+    importance: Importance | None = None,
+) -> None:
     """Write all tensors, in the plan's order. Raises FormatError naming a tensor whose values cannot be written."""
     total = sum(_nbytes(each) for each in inputs)
     done = 0
-    weights = slab_weights(threads)
+    # with importance a weight takes as much again, for the weights of its errors
+    weights = slab_weights(threads) if importance is None else slab_weights(threads) // 2
     waiting: deque[tuple[Planned, int, Future[np.ndarray]]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="convert")
     try:
-        for plan, nbytes, step in _steps(inputs, planned, weights):
+        for plan, nbytes, step in _steps(inputs, planned, weights, importance):
             waiting.append((plan, nbytes, pool.submit(step)))
             while len(waiting) > threads + 1:
                 done = _take(waiting, writer, done, total, progress)
@@ -65,14 +74,19 @@ def _nbytes(each: Input) -> int:
     return each.tensor.nbytes if each.tensor is not None else 4 * each.n_elements
 
 
-def _steps(inputs: list[Input], planned: list[Planned], weights: int) -> Iterator[tuple[Planned, int, Step]]:
+def _steps(
+    inputs: list[Input], planned: list[Planned], weights: int, importance: Importance | None
+) -> Iterator[tuple[Planned, int, Step]]:
     """(tensor, bytes of the source, what makes its next bytes), in order."""
     for each, plan in zip(inputs, planned, strict=True):
-        for nbytes, step in _of(each, plan.type, weights):
+        columns = None
+        if importance is not None and len(each.shape) > 1 and plan.type.is_quantized:
+            columns = importance(each.name, each.shape)
+        for nbytes, step in _of(each, plan.type, weights, columns):
             yield plan, nbytes, _named(each, step)
 
 
-def _of(each: Input, kind: TensorType, weights: int) -> Iterator[tuple[int, Step]]:
+def _of(each: Input, kind: TensorType, weights: int, importance: np.ndarray | None) -> Iterator[tuple[int, Step]]:
     tensor = each.tensor
     if tensor is None:
         values = each.values
@@ -86,11 +100,13 @@ def _of(each: Input, kind: TensorType, weights: int) -> Iterator[tuple[int, Step
         step = max(unit, weights // max(1, cols) // unit * unit)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            yield (stop - start) * tensor.row_nbytes, _slab(tensor, start, stop, each.head_rows, kind)
+            yield (stop - start) * tensor.row_nbytes, _slab(each, start, stop, kind, importance)
 
 
-def _slab(tensor: Tensor, start: int, stop: int, head_rows: int, kind: TensorType) -> Step:
+def _slab(each: Input, start: int, stop: int, kind: TensorType, importance: np.ndarray | None) -> Step:
     """Rows start…stop of the tensor as bytes of that type. With `head_rows`, slabs are whole heads."""
+    tensor, head_rows = each.tensor, each.head_rows
+    assert tensor is not None
 
     def run() -> np.ndarray:
         x = tensor.type.decode(tensor.read_rows(start, stop))
@@ -98,17 +114,28 @@ def _slab(tensor: Tensor, start: int, stop: int, head_rows: int, kind: TensorTyp
             x = x[:, permuted_rows(x.shape[1], x.shape[1] // head_rows)]
         elif head_rows:
             x = x[permuted_rows(stop - start, (stop - start) // head_rows)]
-        return encode(kind, x)
+        if importance is None:
+            return encode(kind, x)
+        # a stack of matrices has an importance for each: rows of several stand in a slab
+        rows = each.shape[-2]
+        parts = [
+            encode(kind, x[max(i * rows - start, 0) : (i + 1) * rows - start], importance[i])
+            for i in range(start // rows, -(-stop // rows))
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     return run
 
 
-def encode(kind: TensorType, x: np.ndarray) -> np.ndarray:
-    """float32 (rows, cols) -> uint8 (rows, bytes per row). FormatError for what no file should hold."""
+def encode(kind: TensorType, x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
+    """float32 (rows, cols) -> uint8 (rows, bytes per row). FormatError for what no file should hold.
+
+    `importance` (cols,) is used by the types that can.
+    """
     if kind.is_quantized:
         from ggufkit_kernels.cpu.encode import encode as fast
 
-        return fast(kind, x, threads=1)
+        return fast(kind, x, importance, threads=1)
     raw = kind.encode(x)
     check_plain(kind, raw, x)
     return raw

@@ -1,7 +1,9 @@
 """File types: what `general.file_type` says, and the rules by which each tensor of such a file gets its type.
 
 The rules are llama.cpp's (llama-quantize, 2026-10). Each file type is a row: its default type, the type of the
-output matrix, and exceptions by role, of which the first that applies is taken. `rules.py` reads them.
+output matrix, and exceptions by role, of which the first that applies is taken. `rules.py` reads them. MXFP4 and NVFP4
+are our own, since llama.cpp makes neither: every matrix that type, embedding and output Q8_0, under the ids that come
+nearest (MXFP4_MOE's; NVFP4's, for checkpoints that it repacks).
 """
 
 from __future__ import annotations
@@ -129,7 +131,6 @@ class FileType:
     output: str = "Q6_K"  # what the output matrix, or the embedding in its place, gets
     rules: tuple[Rule, ...] = ()
     shared: bool = True  # whether SHARED and RAISED apply, too
-    note: str = ""  # why it cannot be made, if so
 
     @property
     def is_quantized(self) -> bool:
@@ -157,6 +158,8 @@ _KEEP_OUTPUT: Rule = ("attn_output", "", eight_experts)  # "": the default type,
 _IQ2_OUTPUT: tuple[Rule, ...] = (("attn_output", "IQ3_S"),)
 _IQ1_OUTPUT: tuple[Rule, ...] = (("attn_output", "IQ2_XXS"),)
 _IQ4: tuple[Rule, ...] = (("attn_v", "Q5_K", gqa), ("ffn_down", "Q5_K", first_eighth, no_imatrix), _EXPERT_OUTPUT)
+
+_ENDS_Q8_0: tuple[Rule, ...] = (("token_embd", "Q8_0"),)
 
 _TABLE = (
     FileType("F32", 0, "F32"),
@@ -219,7 +222,8 @@ _TABLE = (
     FileType("TQ1_0", 36, "TQ1_0", rules=(("token_embd", "Q4_K"),)),
     FileType("TQ2_0", 37, "TQ2_0", rules=(("token_embd", "Q4_K"),)),
     FileType("MXFP4_MOE", 38, "MXFP4", "Q8_0", (("*", "MXFP4", stacked_experts), ("*", "Q8_0")), shared=False),
-    FileType("NVFP4", 39, "NVFP4", note="llama.cpp repacks such checkpoints and does not quantize to it"),
+    FileType("MXFP4", 38, "MXFP4", "Q8_0", _ENDS_Q8_0, shared=False),
+    FileType("NVFP4", 39, "NVFP4", "Q8_0", _ENDS_Q8_0, shared=False),
     FileType("Q1_0", 40, "Q1_0"),
     FileType("Q2_0", 41, "Q2_0", rules=(("token_embd", "Q4_K"),)),
 )  # fmt: skip
@@ -234,12 +238,13 @@ RAISED: tuple[tuple[str, tuple[str, ...], str, Condition], ...] = (
 )
 
 FILE_TYPES: dict[str, FileType] = {t.name: t for t in _TABLE}
-ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE", "FP16": "F16", "FP32": "F32"}
+ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "FP16": "F16", "FP32": "F32"}
 
 # What a type falls back to where its blocks do not divide the rows; F16 where those of the fallback do not, either.
 FALLBACK = {
     **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
     **dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
+    "NVFP4": "Q4_0",  # not llama.cpp's, which has none
     "Q4_K": "Q5_0",
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",

@@ -13,13 +13,7 @@ from ggufkit_formats.errors import UnsupportedError, UsageError
 from .file_types import FALLBACK, NEEDS_IMATRIX, RAISED, SHARED, Case, FileType, ModelFacts, Rule
 
 # Block lengths of types that the registry has no class for yet.
-_PENDING_BLOCKS = {
-    **dict.fromkeys(("TQ1_0", "TQ2_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"), 256),
-    **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"), 32),
-    "Q1_0": 128,
-    "Q2_0": 64,
-    "NVFP4": 64,
-}
+_PENDING_BLOCKS = {}
 
 # Roles by what a tensor's name contains, first match. The output matrix and embeddings go by their whole names.
 ROLES = (
@@ -126,8 +120,11 @@ def choose(
             choices[name] = Choice(None, None)
             continue
         choice = _fallback(_pick(name, shape, picker, overrides, patterns), name, shape[-1])
-        if not model.has_imatrix and _needs_imatrix(name, choice.type, file_type):
-            raise UnsupportedError(f"tensor {name!r}: {choice.type} needs an importance matrix")
+        if not model.has_imatrix and needs_imatrix(name, choice.type, file_type):
+            raise UnsupportedError(
+                f"tensor {name!r}: {choice.type} needs an importance matrix in {file_type.name}; make one with "
+                "`ggufkit imatrix -m MODEL -f TEXT -o FILE.gguf` and pass it with --imatrix FILE.gguf"
+            )
         choices[name] = choice
     return choices
 
@@ -218,7 +215,8 @@ def _fallback(choice: Choice, name: str, cols: int) -> Choice:
     return replace(choice, type=used, reason=reason, fell_back=True)
 
 
-def _needs_imatrix(name: str, type_name: str | None, file_type: FileType) -> bool:
+def needs_imatrix(name: str, type_name: str | None, file_type: FileType) -> bool:
+    """Whether a tensor of that type is garbage without an importance matrix, in a file of that file type."""
     if role(name) in ("output", "token_embd"):
         return False
     return type_name in NEEDS_IMATRIX or (type_name, file_type.name) in NEEDS_IMATRIX

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -70,11 +69,7 @@ def load(
         ends = [type for name, type in matrices.items() if not name.startswith("blk.")]
         preparing = ops.prepare([matrices[name] for name in matrices if name.startswith("blk.")], ends, kernels)
         words = tokenizer.from_metadata(file.metadata, pre=pre)
-        # Python's work, while compiled code packs the weights
-        tables = threading.Thread(target=words.prepare, daemon=True)
-        tables.start()
         packed = weights.load(architecture, config, file.tensors, ops, name, progress)
-        tables.join()
         title, file_type = file.metadata.get("general.name"), file.metadata.get("general.file_type")
         info = Info(
             path=Path(path),
@@ -84,8 +79,10 @@ def load(
             n_parameters=sum(t.n_elements for t in file.tensors.values()),
             n_bytes=sum(t.nbytes for t in file.tensors.values()),
         )
-    if preparing is not None:
+    if preparing is not None and preparing.missing:
         preparing.wait()
+    elif preparing is not None:  # linking, in the background, while the first text is read
+        preparing.start()
     return Model(
         architecture, config, packed, ops, words, info, n_ctx or config.n_ctx_train, time.perf_counter() - began
     )

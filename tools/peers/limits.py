@@ -2,7 +2,7 @@
 
 Reading: every thread sums its own part of a buffer much larger than the caches, as one stream or as four. Multiplying:
 a loop of every instruction for it that the processor has, over independent accumulators in registers, no memory at all.
-The loop is LLVM text that is compiled here for this processor, with the instructions as opaque assembly, since LLVM
+The loops are LLVM text that is compiled here for this processor, multiplications as opaque assembly, since LLVM
 would move what does not change out of the loop. A multiply-add counts as two operations, as in 2 × weights × tokens.
 """
 
@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding as llvm
-import numba
 import numpy as np
 
 from . import wire
@@ -23,25 +22,37 @@ from . import wire
 BUFFER = 5 << 27  # bytes
 
 
-@numba.njit(nogil=True)
-def read_one(x):
-    """Sum of uint64 (n,): one stream."""
-    total = np.uint64(0)
-    for i in range(len(x)):
-        total += x[i]
-    return total
+LINE = 64  # bytes
 
 
-@numba.njit(nogil=True)
-def read_four(x):
-    """The same from four places at once; n is a multiple of 32."""
-    n = len(x) // 4
-    total = np.uint64(0)
-    for start in range(0, n, 64):  # a few lines of each in turn: short loops, which become vector sums
-        stop = min(start + 64, n)
-        for i in range(start, stop):
-            total += (x[i] + x[n + i]) + (x[2 * n + i] + x[3 * n + i])
-    return total
+def reading(streams: int) -> str:
+    """LLVM text of `void work(i64 turns, ptr bytes, ptr out)`: four lines a turn, summed, of one stream or of four.
+
+    A stream is a part of the bytes; the parts follow one another.
+    """
+    step, part = 4 // streams, "%turns"
+    lines = [f"  %at{k} = add i64 %first, {k * LINE}" for k in range(step)]
+    sums = []
+    for k in range(4):
+        stream, line = divmod(k, step)
+        if stream:
+            lines += [f"  %base{k} = mul i64 {part}, {stream * step * LINE}", f"  %o{k} = add i64 %base{k}, %at{line}"]
+        else:
+            lines.append(f"  %o{k} = add i64 0, %at{line}")
+        lines += [
+            f"  %p{k} = getelementptr i8, ptr %bytes, i64 %o{k}",
+            f"  %v{k} = load <8 x i64>, ptr %p{k}, align 64",
+            f"  %n{k} = add <8 x i64> %s{k}, %v{k}",
+        ]
+        sums.append(f"  %s{k} = phi <8 x i64> [ zeroinitializer, %entry ], [ %n{k}, %turn ]")
+    return "\n".join((
+        "define void @work(i64 %turns, ptr %bytes, ptr %out) {", "entry:", "  br label %turn", "turn:",
+        "  %first = phi i64 [ 0, %entry ], [ %next, %turn ]", *sums, *lines, f"  %next = add i64 %first, {step * LINE}",
+        f"  %end = mul i64 %turns, {step * LINE}", "  %more = icmp slt i64 %next, %end",
+        "  br i1 %more, label %turn, label %done", "done:", "  %a = add <8 x i64> %n0, %n1",
+        "  %b = add <8 x i64> %n2, %n3", "  %c = add <8 x i64> %a, %b", "  store <8 x i64> %c, ptr %out, align 1",
+        "  ret void", "}",
+    ))  # fmt: skip
 
 
 def together(threads: int, work: Callable[[int], Any]) -> float:
@@ -77,7 +88,7 @@ REPEATS = 8  # rounds over the accumulators a turn of the loop
 
 
 def loop(name: str) -> str:
-    """LLVM text of `void peak(i64 turns, ptr operands, ptr out)` for a row of DOTS."""
+    """LLVM text of `void work(i64 turns, ptr operands, ptr out)` for a row of DOTS."""
     _, nbytes, count, _ = DOTS[name]
     if "vpmaddubsw" in name:  # the products, then their sum into words; nothing depends on the turn before but the sum
         accumulator, vector = f"<{nbytes // 2} x i16>", f"<{nbytes} x i8>"
@@ -112,7 +123,7 @@ def loop(name: str) -> str:
         ends.append(f"  %o{k} = getelementptr i8, ptr %out, i64 {k * nbytes}")
         ends.append(f"  store {accumulator} {last[k]}, ptr %o{k}, align 1")
     return "\n".join((
-        "define void @peak(i64 %turns, ptr %operands, ptr %out) {", "entry:",
+        "define void @work(i64 %turns, ptr %operands, ptr %out) {", "entry:",
         f"  %a = load {vector}, ptr %operands, align 1",
         f"  %second = getelementptr i8, ptr %operands, i64 {nbytes}",
         f"  %b = load {vector}, ptr %second, align 1",
@@ -122,10 +133,10 @@ def loop(name: str) -> str:
     ))  # fmt: skip
 
 
-class Peak:
-    """The compiled loop of one row of DOTS."""
+class Compiled:
+    """The function `work` of an LLVM text, for this processor."""
 
-    def __init__(self, name: str):
+    def __init__(self, text: str):
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         if hasattr(llvm, "initialize_native_asmparser"):
@@ -133,12 +144,20 @@ class Peak:
         machine = llvm.Target.from_default_triple().create_target_machine(
             cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=2
         )
-        module = llvm.parse_assembly(f'target triple = "{llvm.get_default_triple()}"\n{loop(name)}')
+        module = llvm.parse_assembly(f'target triple = "{llvm.get_default_triple()}"\n{text}')
         module.verify()
         self.assembly = machine.emit_assembly(module)
         self._engine = llvm.create_mcjit_compiler(module, machine)
         self._engine.finalize_object()
-        self._call = C.CFUNCTYPE(None, C.c_int64, C.c_void_p, C.c_void_p)(self._engine.get_function_address("peak"))
+        self.call = C.CFUNCTYPE(None, C.c_int64, C.c_void_p, C.c_void_p)(self._engine.get_function_address("work"))
+
+
+class Peak:
+    """The compiled loop of one row of DOTS."""
+
+    def __init__(self, name: str):
+        self._compiled = Compiled(loop(name))
+        self.assembly = self._compiled.assembly
         _, nbytes, count, operations = DOTS[name]
         self.operations_a_turn = operations * count * REPEATS
         self.operands = np.arange(2 * nbytes, dtype=np.uint8)
@@ -146,7 +165,20 @@ class Peak:
 
     def run(self, turns: int) -> None:
         out = np.empty(self.size, np.uint8)
-        self._call(turns, self.operands.ctypes.data, out.ctypes.data)
+        self._compiled.call(turns, self.operands.ctypes.data, out.ctypes.data)
+
+
+class Reader:
+    """The compiled loop that reads bytes (a multiple of 4 lines, aligned) as one stream or as four."""
+
+    def __init__(self, streams: int):
+        self._compiled = Compiled(reading(streams))
+
+    def run(self, part: np.ndarray) -> int:
+        """The sum of uint64 (n,), so that a test can see that all were read."""
+        out = np.zeros(8, np.uint64)
+        self._compiled.call(part.nbytes // (4 * LINE), part.ctypes.data, out.ctypes.data)
+        return int(out.sum())
 
 
 class Limits:
@@ -164,14 +196,15 @@ class Limits:
         # An odd number of cache lines a stream: streams a power of two apart would share cache sets.
         words = 32 * ((nbytes // 8 // threads // 32 - 1) | 1)
         if self.buffer is None or self.buffer.size != words * threads:
-            self.buffer = np.ones(words * threads, np.uint64)
-            for read in (read_one, read_four):
-                read(self.buffer[:1024])  # compiles it
+            raw = np.ones(words * threads + 8, np.uint64)
+            skip = -raw.ctypes.data % LINE // 8
+            self.buffer = raw[skip : skip + words * threads]
         parts = self.buffer.reshape(threads, words)
-        times: dict[str, list[float]] = {"one": [], "four": []}
+        readers = {"one": Reader(1), "four": Reader(4)}
+        times: dict[str, list[float]] = {name: [] for name in readers}
         for turn in range(passes + 1):  # the first warms up
-            for name, read in (("one", read_one), ("four", read_four)):
-                taken = together(threads, lambda index, read=read: read(parts[index]))
+            for name, reader in readers.items():
+                taken = together(threads, lambda index, reader=reader: reader.run(parts[index]))
                 if turn:
                     times[name].append(taken)
         return {name: self.buffer.nbytes / float(np.median(values)) for name, values in times.items()}

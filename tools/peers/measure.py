@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import mmap
 import sys
@@ -137,8 +138,11 @@ class Idle:
 
 def _touch(nbytes: int) -> None:
     """Write and free so much memory. A virtual machine may have given idle memory back to its host, which then takes
-    seconds to return it, from whoever asks first."""
-    with mmap.mmap(-1, nbytes + (1 << 28)) as memory:
+    seconds to return it, from whoever asks first. Large pages, so that what is freed can be taken as either kind."""
+    with mmap.mmap(-1, nbytes + (1 << 28), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):
+                memory.madvise(mmap.MADV_HUGEPAGE)
         for at in range(0, len(memory), 1 << 22):
             memory[at : at + (1 << 22)] = bytes(min(1 << 22, len(memory) - at))
 

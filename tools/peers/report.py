@@ -44,9 +44,14 @@ def limits(result: Result) -> dict[str, Any]:
         best = {streams: statistics.median(rates) for streams, rates in result.bandwidth.items()}
         found["bandwidth"] = {"streams": best, "best": max(best.values())}
         series = next((s for name, s in result.series.items() if name.startswith("tg") and "@" not in name), None)
+        rounds = [max(rates) for rates in zip(*result.bandwidth.values(), strict=True)]
         for name, rate in medians(series).items() if series else ():
             moved = rate * facts.bytes_per_token
-            found["bandwidth"][name] = {"bytes_per_s": moved, "share": moved / max(best.values())}
+            entry = found["bandwidth"][name] = {"bytes_per_s": moved, "share": moved / max(best.values())}
+            values = series.values[name] if series else []
+            if len(values) == len(rounds):  # memory is not as fast in one round as in the next
+                pairs = zip(values, rounds, strict=True)
+                entry["paired"] = statistics.median(value * facts.bytes_per_token / limit for value, limit in pairs)
     if result.peak:
         best = {name: statistics.median(rates) for name, rates in result.peak.items()}
         found["int8"] = {"instructions": best, "best": max(best.values())}
@@ -155,7 +160,11 @@ def limits_text(found: dict[str, Any]) -> list[str]:
         shares = {name: value for name, value in part.items() if isinstance(value, dict) and "share" in value}
         if shares:
             rates = {name: next(iter(value.values())) / 1e9 for name, value in shares.items()}
-            told = [f"{name} {rates[name]:.1f} {unit} = {value['share']:.2f}" for name, value in shares.items()]
+            told = [
+                f"{name} {rates[name]:.1f} {unit} = {value['share']:.2f}"
+                + (f" (round by round {value['paired']:.2f})" if "paired" in value else "")
+                for name, value in shares.items()
+            ]
             lines.append(f"  {what} {', '.join(told)}")
     return lines
 

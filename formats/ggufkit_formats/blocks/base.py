@@ -26,7 +26,7 @@ class Quants:
     The kernels pack these arrays; they never look into a block.
     """
 
-    codes: np.ndarray  # (n, block) uint8, each < 2**bits
+    codes: np.ndarray  # (n, block) uint8, each < 2**bits; a block of the file may be several of these
     bits: int  # 1…8
     offset: int  # subtracted from the code; ignored with a codebook
     group: int  # weights that share a scale; divides the block
@@ -36,6 +36,8 @@ class Quants:
     minimum: np.ndarray | None = None  # (n, block // group) uint8
     codebook: np.ndarray | None = None  # (2**bits,) float32 or int8
     scale_bits: int = 8  # that the type has for a scale and for a minimum, where they are unsigned
+    d_code: np.ndarray | None = None  # (n,) uint8: d as one of few numbers, written in `d_format`
+    d_format: str = ""  # "e8m0": d = 2**(code - 128); "e4m3": half of such a float, code < 128 and no NaN
     wide: bool = False  # whether float16 does not hold every d of the type
 
     def decode(self) -> np.ndarray:
@@ -69,7 +71,8 @@ class TensorType:
     id: int = -1
     block: int = 1  # weights in a block
     fields: np.dtype = np.dtype("u1")  # one block on disk, little endian, packed
-    needs_importance: bool = False  # whether `encode` raises UsageError without
+    uses_importance: bool = True  # whether importance changes the bytes that are written, as in ggml
+    needs_importance: bool = False  # whether nothing is written without one (ggml_quantize_requires_imatrix)
 
     # -- sizes ---------------------------------------------------------------------------------
 
@@ -108,19 +111,19 @@ class TensorType:
     def encode(self, x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
         """float (…, cols) -> uint8 (…, bytes per row): the bytes that ggml_quantize_chunk writes.
 
-        `importance` is one weight per column, (cols,), or None. For types with scales, rows and the scales that
-        they need must be finite (FormatError otherwise). This is the plain definition; `ggufkit_kernels.cpu.encode`
-        is the fast one.
+        `importance` is one weight per column, (cols,), or None: finite and not negative (UsageError otherwise). For
+        types with scales, rows and the scales that they need must be finite (FormatError otherwise). This is the plain
+        definition; `ggufkit_kernels.cpu.encode` is the fast one.
         """
         x = as_float32(x)
         row_nbytes = self.row_nbytes(x.shape[-1])
         self.check_finite(x)
-        blocks = x.reshape(-1, self.block)
         weights = None
         if importance is not None:
-            per_row = row_importance(importance, x.shape[-1]).reshape(-1, self.block)
-            weights = np.tile(per_row, (blocks.shape[0] // max(1, per_row.shape[0]), 1))
-        out = self.encode_blocks(blocks, weights)
+            importance = as_importance(importance, x.shape[-1])
+            if self.uses_importance and x.size:
+                weights = self.error_weights(x.reshape(-1, x.shape[-1]), importance).reshape(-1, self.block)
+        out = self.encode_blocks(x.reshape(-1, self.block), weights)
         self.check_scales(out)
         return out.view(np.uint8).reshape(*x.shape[:-1], row_nbytes)
 
@@ -154,6 +157,13 @@ class TensorType:
             raise UnsupportedError(f"tensor type {self.name} cannot be decoded")
         return quants.decode()
 
+    def error_weights(self, x: np.ndarray, importance: np.ndarray) -> np.ndarray:
+        """Rows x (rows, cols) and importance (cols,) -> what `encode_blocks` is given as importance, (rows, cols).
+
+        For the types that look at a whole row before its blocks; all others take the importance itself.
+        """
+        return np.broadcast_to(importance, x.shape)
+
     def encode_blocks(self, x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
         """float32 (n, block), importance (n, block) or None -> (n,) blocks of `fields`."""
         raise UnsupportedError(f"tensor type {self.name} cannot be encoded")
@@ -186,11 +196,14 @@ def as_float32(x: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(x, dtype=np.float32)
 
 
-def row_importance(importance: np.ndarray, cols: int) -> np.ndarray:
-    """float32 (cols,), one weight per column. Raises UsageError for any other shape."""
+def as_importance(importance: np.ndarray, cols: int) -> np.ndarray:
+    """Contiguous float32 (cols,), one weight a column. UsageError for another shape, NaN, infinity, or below 0."""
     if np.shape(importance) != (cols,):
         raise UsageError(f"importance has shape {np.shape(importance)}; one weight per column is wanted, {(cols,)}")
-    return np.ascontiguousarray(importance, dtype=np.float32)
+    importance = as_float32(importance)
+    if not (np.isfinite(importance) & (importance >= 0)).all():
+        raise UsageError("importance holds NaN, infinity or negative numbers")
+    return importance
 
 
 class UnknownType(TensorType):

@@ -1,15 +1,15 @@
 """The K types of ggml: 256 weights a block, in groups of 16 or 32 whose scales are integers themselves.
 
 Diagrams show a block's bytes in order of the file, one row a field. `x[j]` is weight j of the block, `h` a half of it
-(128 weights), bits of a byte stand with the low ones right. The searches for good scales stand in `k_search`.
+(128 weights), bits of a byte stand with the low ones right. The searches for good scales stand in `k_search`,
+those with importance in `k_search_weighted`.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from ..errors import UnsupportedError
-from . import k_search
+from . import k_search, k_search_weighted
 from .base import Quants, TensorType, register
 
 F32 = np.float32
@@ -53,16 +53,15 @@ class KType(TensorType):
     block = 256
 
     def encode_blocks(self, x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
-        if importance is not None:
-            raise UnsupportedError(f"{self.name} cannot be encoded with an importance matrix yet")
         out = np.zeros(len(x), self.fields)
         with np.errstate(all="ignore"):
             for start in range(0, len(x), CHUNK):
-                self.fill(out[start : start + CHUNK], x[start : start + CHUNK])
+                part = slice(start, start + CHUNK)
+                self.fill(out[part], x[part], None if importance is None else importance[part])
         return out
 
-    def fill(self, out: np.ndarray, x: np.ndarray) -> None:
-        """Write all fields of the zeroed blocks `out` (n,) for the weights x (n, 256)."""
+    def fill(self, out: np.ndarray, x: np.ndarray, importance: np.ndarray | None) -> None:
+        """Write all fields of the zeroed blocks `out` (n,) for the weights x (n, 256); importance likewise or None."""
         raise NotImplementedError
 
 
@@ -87,8 +86,10 @@ class Q2_K(KType):
         d, dmin = blocks["d"].astype(F32), blocks["dmin"].astype(F32)
         return Quants(codes, 2, 0, 16, d, s & np.uint8(15), dmin, s >> 4, scale_bits=4)
 
-    def fill(self, out: np.ndarray, x: np.ndarray) -> None:
-        out["scales"], out["d"], out["dmin"], codes = k_search.q2_k(x)
+    def fill(self, out: np.ndarray, x: np.ndarray, importance: np.ndarray | None) -> None:
+        out["scales"], out["d"], out["dmin"], codes = (
+            k_search.q2_k(x) if importance is None else k_search_weighted.q2_k(x, importance)
+        )
         out["qs"] = pack_bits(codes, 2, (0, 2, 4, 6))
 
 
@@ -118,8 +119,8 @@ class Q3_K(KType):
         codes |= bits(blocks["hmask"], 1, tuple(range(8)), 1) << 2
         return Quants(codes, 3, 4, 16, blocks["d"].astype(F32), scale)
 
-    def fill(self, out: np.ndarray, x: np.ndarray) -> None:
-        scale, out["d"], codes = k_search.q3_k(x)
+    def fill(self, out: np.ndarray, x: np.ndarray, importance: np.ndarray | None) -> None:
+        scale, out["d"], codes = k_search.q3_k(x) if importance is None else k_search_weighted.q3_k(x, importance)
         low = pack_bits(scale & 15, 1, (0, 4))
         out["scales"] = np.concatenate([low, pack_bits(scale >> 4, 1, (0, 2, 4, 6))], axis=1)
         out["hmask"] = pack_bits(codes >> 2, 1, tuple(range(8)))
@@ -149,8 +150,10 @@ class Q4_K(KType):
         d, dmin = blocks["d"].astype(F32), blocks["dmin"].astype(F32)
         return Quants(codes, 4, 0, 32, d, scale, dmin, minimum, scale_bits=6)
 
-    def fill(self, out: np.ndarray, x: np.ndarray) -> None:
-        scale, minimum, out["d"], out["dmin"], codes = k_search.q45_k(x, 4)
+    def fill(self, out: np.ndarray, x: np.ndarray, importance: np.ndarray | None) -> None:
+        scale, minimum, out["d"], out["dmin"], codes = (
+            k_search.q45_k(x, 4) if importance is None else k_search_weighted.q45_k(x, importance, 4)
+        )
         out["scales"] = pack_scales_6(scale, minimum)
         out["qs"] = pack_bits(codes, 4, (0, 4))
 
@@ -178,8 +181,10 @@ class Q5_K(KType):
         d, dmin = blocks["d"].astype(F32), blocks["dmin"].astype(F32)
         return Quants(codes, 5, 0, 32, d, scale, dmin, minimum, scale_bits=6)
 
-    def fill(self, out: np.ndarray, x: np.ndarray) -> None:
-        scale, minimum, out["d"], out["dmin"], codes = k_search.q45_k(x, 5)
+    def fill(self, out: np.ndarray, x: np.ndarray, importance: np.ndarray | None) -> None:
+        scale, minimum, out["d"], out["dmin"], codes = (
+            k_search.q45_k(x, 5) if importance is None else k_search_weighted.q45_k(x, importance, 5)
+        )
         out["scales"] = pack_scales_6(scale, minimum)
         out["qh"] = pack_bits(codes >> 4, 1, tuple(range(8)))
         out["qs"] = pack_bits(codes & 15, 4, (0, 4))
@@ -206,8 +211,8 @@ class Q6_K(KType):
         codes |= bits(blocks["qh"], 2, (0, 2, 4, 6), 3) << 4
         return Quants(codes, 6, 32, 16, blocks["d"].astype(F32), blocks["scales"])
 
-    def fill(self, out: np.ndarray, x: np.ndarray) -> None:
-        out["scales"], out["d"], codes = k_search.q6_k(x)
+    def fill(self, out: np.ndarray, x: np.ndarray, importance: np.ndarray | None) -> None:
+        out["scales"], out["d"], codes = k_search.q6_k(x, importance)
         out["ql"] = pack_bits(codes & 15, 2, (0, 4))
         out["qh"] = pack_bits(codes >> 4, 2, (0, 2, 4, 6))
 
@@ -224,12 +229,13 @@ class Q8_K(KType):
     """
 
     name, id = "Q8_K", 15
+    uses_importance = False
     fields = np.dtype([("d", "<f4"), ("qs", "i1", 256), ("bsums", "<i2", 16)])
 
     def quants(self, blocks: np.ndarray) -> Quants:
         codes = np.ascontiguousarray(blocks["qs"]).view(np.uint8) ^ np.uint8(128)
         return Quants(codes, 8, 128, 256, blocks["d"].astype(F32))
 
-    def fill(self, out: np.ndarray, x: np.ndarray) -> None:
+    def fill(self, out: np.ndarray, x: np.ndarray, importance: np.ndarray | None) -> None:
         out["d"], out["qs"] = k_search.q8_k(x)
         out["bsums"] = out["qs"].reshape(-1, 16, 16).sum(axis=2, dtype=np.int16)

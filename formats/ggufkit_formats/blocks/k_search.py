@@ -53,12 +53,20 @@ def first_largest(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ranged(
-    x: np.ndarray, w: np.ndarray, n_max: int, r_min: float, steps: int, absolute: bool
+    x: np.ndarray,
+    w: np.ndarray,
+    n_max: int,
+    r_min: float,
+    steps: int,
+    absolute: bool,
+    r_step: float = 0.1,
+    held: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Scale s and minimum m for codes 0…n_max that minimise sum w |s q - m - x| (or its square).
 
     x, w (k, groups). Tries steps + 1 scales around the range over n_max; for each, the best s and m follow from a
-    weighted regression. Returns s, m (groups,), and the codes (k, groups) that go with them.
+    weighted regression. Returns s, m (groups,), and the codes (k, groups) that go with them. `held`: quotients are
+    brought between 0 and n_max before they are rounded, not after, which tells where they are beyond 2**22.
     """
     low, high = x[0].copy(), x[0].copy()
     sum_w, sum_x = w[0].copy(), w[0] * x[0]
@@ -82,8 +90,12 @@ def ranged(
     best = error(best_codes, scale, minimum)
     for step in range(steps + 1):
         # The minimum is the best one so far: later steps search from there.
-        inverse = (F32(r_min) + F32(0.1) * F32(step) + F32(n_max)) / (high - minimum)
-        codes = codes_of(inverse, minimum)
+        inverse = (F32(r_min) + F32(r_step) * F32(step) + F32(n_max)) / (high - minimum)
+        if held:
+            quotients = inverse * (x - minimum)
+            codes = nearest(np.where(quotients > 0, np.minimum(quotients, F32(n_max)), F32(0))).astype(F32)
+        else:
+            codes = codes_of(inverse, minimum)
         wl = w * codes
         sum_l, sum_l2, sum_xl = total(wl), total(wl * codes), total(wl * x)
         det = sum_w * sum_l2 - sum_l * sum_l
@@ -105,14 +117,15 @@ def quotient(lx: np.ndarray, l2: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(l2), np.where(l2 > 0, lx / l2, F32(0)), F32(np.nan))
 
 
-def signed(x: np.ndarray, n_max: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scale for codes -n_max…n_max - 1 that minimises sum x² (s q - x)², over 19 scales near -n_max / largest.
+def signed(x: np.ndarray, n_max: int, w: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Scale for codes -n_max…n_max - 1 that minimises sum w (s q - x)², over 19 scales near -n_max / largest.
 
-    x (k, groups). Returns s (groups,) and codes + n_max (k, groups), all 0 for groups that count as zero.
+    x (k, groups), w likewise, or None for x². Returns s (groups,) and codes + n_max (k, groups), all 0 for groups
+    that count as zero.
     """
     largest, at = first_largest(x)
     zero = largest < SMALLEST
-    w = x * x
+    w = x * x if w is None else w
 
     def tried(inverse: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         codes = np.clip(nearest(inverse * x), -n_max, n_max - 1)
@@ -219,10 +232,10 @@ def q45_k(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray,
     return stored, stored_min, d, dmin, by_block(recode(columns, codes, group_d, group_m, 0, n_max))
 
 
-def q6_k(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns scales (n, 16) int8, d (n,), codes (n, 256)."""
+def q6_k(x: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns scales (n, 16) int8, d (n,), codes (n, 256). `importance` (n, 256) weighs errors in place of x²."""
     columns = by_group(x, 16)
-    scale, codes = signed(columns, 32)
+    scale, codes = signed(columns, 32, None if importance is None else by_group(importance, 16))
     scale = scale.reshape(-1, 16)
     magnitude, most = first_largest(np.ascontiguousarray(scale.T))
     zero = magnitude < SMALLEST

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..errors import UnsupportedError
+from . import k_search
 from .base import Quants, TensorType, register
 
 F32 = np.float32
+CHUNK = 8192  # blocks encoded at once with importance: bounds the memory of the searches
 
 
 def low_byte(x: np.ndarray) -> np.ndarray:
@@ -45,10 +46,15 @@ def taken(x: np.ndarray, at: np.ndarray) -> np.ndarray:
     return np.take_along_axis(x, at[:, None], axis=1)[:, 0]
 
 
+def columns(x: np.ndarray) -> np.ndarray:
+    """(n, 32) -> (32, n), as the searches take weights, and back for the codes they give."""
+    return np.ascontiguousarray(x.T)
+
+
 def nibbles(codes: np.ndarray) -> np.ndarray:
-    """(n, 32) codes -> (n, 16) bytes: the first half in the low nibbles, the second in the high ones."""
-    codes = codes & np.uint8(15)
-    return codes[:, :16] | codes[:, 16:] << 4
+    """(n, 2k) codes -> (n, k) bytes: the first half in the low nibbles, the second in the high ones."""
+    codes, k = codes & np.uint8(15), codes.shape[1] // 2
+    return codes[:, :k] | codes[:, k:] << 4
 
 
 def unpack_nibbles(qs: np.ndarray) -> np.ndarray:
@@ -71,21 +77,39 @@ def unpack_fifth_bits(qh: np.ndarray) -> np.ndarray:
 class LegacyType(TensorType):
     block = 32
 
+    def error_weights(self, x: np.ndarray, importance: np.ndarray) -> np.ndarray:
+        """importance * sqrt(mean square of the row + x²), the mean summed in ggml's order: column after column."""
+        with np.errstate(all="ignore"):
+            squares = x * x
+            mean = np.add.accumulate(squares, axis=1)[:, -1] / F32(x.shape[1])
+            return importance * np.sqrt(mean[:, None] + squares)
+
     def encode_blocks(self, x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
-        if importance is not None:
-            raise UnsupportedError(f"{self.name} cannot be encoded with an importance matrix yet")
+        """float32 (n, 32) -> blocks. `importance` (n, 32) is what `error_weights` makes of it, or None."""
         out = np.zeros(len(x), self.fields)
         with np.errstate(all="ignore"):
-            self.fill(out, x)
+            if importance is None:
+                self.fill(out, x)
+                return out
+            for start in range(0, len(x), CHUNK):
+                part = slice(start, start + CHUNK)
+                self.fill_weighted(out[part], x[part], importance[part])
         return out
 
     def fill(self, out: np.ndarray, x: np.ndarray) -> None:
         """Write all fields of the blocks `out` (n,) for the weights x (n, 32)."""
         raise NotImplementedError
 
+    def fill_weighted(self, out: np.ndarray, x: np.ndarray, w: np.ndarray) -> None:
+        """The same with the least sum of w * error², w (n, 32), that ggml's search finds."""
+        raise NotImplementedError
+
 
 class Signed(LegacyType):
-    """d * (q - 2**(bits - 1)): the weight of largest magnitude gets the most negative code."""
+    """d * (q - 2**(bits - 1)): the weight of largest magnitude gets the most negative code.
+
+    With importance the scale is searched for, as in `k_search.signed`.
+    """
 
     bits = 4
 
@@ -96,7 +120,13 @@ class Signed(LegacyType):
 
     def fill(self, out: np.ndarray, x: np.ndarray) -> None:
         d = largest(x) / F32(-(1 << (self.bits - 1)))
-        codes = self.codes(x, d)
+        self.put(out, d, self.codes(x, d))
+
+    def fill_weighted(self, out: np.ndarray, x: np.ndarray, w: np.ndarray) -> None:
+        d, codes = k_search.signed(columns(x), 1 << (self.bits - 1), columns(w))
+        self.put(out, d, columns(codes.astype(np.uint8)))
+
+    def put(self, out: np.ndarray, d: np.ndarray, codes: np.ndarray) -> None:
         out["d"] = d
         out["qs"] = nibbles(codes)
         if self.bits == 5:
@@ -104,7 +134,10 @@ class Signed(LegacyType):
 
 
 class Ranged(LegacyType):
-    """d * q + m, with m the smallest weight of the block and d the range over 2**bits - 1."""
+    """d * q + m, with m the smallest weight of the block and d the range over 2**bits - 1.
+
+    With importance both are searched for, as in `k_search.ranged`.
+    """
 
     bits = 4
 
@@ -115,7 +148,17 @@ class Ranged(LegacyType):
         codes = low_byte((x - low[:, None]) * inverse(d)[:, None] + F32(0.5))
         if self.bits == 4:
             codes = np.minimum(codes.view(np.int8), np.int8(15)).view(np.uint8)
-        out["d"], out["m"] = d, low
+        self.put(out, d, low, codes)
+
+    def fill_weighted(self, out: np.ndarray, x: np.ndarray, w: np.ndarray) -> None:
+        n_max = (1 << self.bits) - 1
+        d, minimum, codes = k_search.ranged(
+            columns(x), columns(w), n_max, -0.9, 36, absolute=False, r_step=0.05, held=True
+        )
+        self.put(out, d, -minimum, columns(codes.astype(np.uint8)))
+
+    def put(self, out: np.ndarray, d: np.ndarray, m: np.ndarray, codes: np.ndarray) -> None:
+        out["d"], out["m"] = d, m
         out["qs"] = nibbles(codes)
         if self.bits == 5:
             out["qh"] = fifth_bits(codes)
@@ -202,6 +245,8 @@ class Q5_1(Ranged):
 
 class Bytes(LegacyType):
     """d * q with signed bytes."""
+
+    uses_importance = False
 
     def fill(self, out: np.ndarray, x: np.ndarray) -> None:
         d = np.abs(x).max(axis=1) / F32(127)

@@ -11,6 +11,8 @@ from .base import TensorType, register
 class PlainType(TensorType):
     """A number per weight. Decode and encode are casts, with NumPy's rounding (to nearest, ties to even)."""
 
+    uses_importance = False
+
     def decode_blocks(self, blocks: np.ndarray) -> np.ndarray:
         return blocks.astype(np.float32)[:, None]
 

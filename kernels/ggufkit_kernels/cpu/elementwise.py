@@ -202,6 +202,10 @@ def number_at(base, index, number):
     """One d or dmin."""
     if number == 0:
         return get_number(base + 4 * index, 0)
+    if number == 3:
+        return get_number(base + index, 3)
+    if number == 4:
+        return get_number(base + index, 4)
     return get_number(base + 2 * index, 1)
 
 

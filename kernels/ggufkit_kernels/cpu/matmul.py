@@ -18,7 +18,7 @@ __all__ = ["NUMBERS", "PLAIN_TOKENS", "SCALES", "TOKENS", "interleave_inputs", "
 
 TOKENS = FAMILY.tokens  # a tile of quantized inputs: more spill registers
 VALUES = {"codes": 0, "bytes": 1, "table": 2, "table16": 3}
-NUMBERS = {"f32": 0, "f16": 1, "bf16": 2}
+NUMBERS = {"f32": 0, "f16": 1, "bf16": 2, "e8m0": 3, "e4m3": 4}
 SCALES = {"": 0, "i1": 1, "u1": 2}
 
 
@@ -35,7 +35,7 @@ def matmul_kernel(layout: Layout, tokens: int) -> Entry:
         return plain_matmul.entry(NUMBERS[layout.values], tokens)
     form = (VALUES[layout.values], layout.bits, layout.block, layout.group, SCALES[layout.scale], layout.minimum)
     form += (layout.joined,)
-    wide, started = int(layout.wide), int(layout.too_much != 0)
+    number, started = NUMBERS[layout.number], int(layout.too_much != 0)
     if FAMILY.dot == "pairs":
-        return by_pairs.entry(*form, wide, layout.span // 4, started, tokens)
-    return by_fours.entry(*form, wide, started, tokens)
+        return by_pairs.entry(*form, number, layout.span // 4, started, tokens)
+    return by_fours.entry(*form, number, started, tokens)

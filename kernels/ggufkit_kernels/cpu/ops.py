@@ -270,7 +270,7 @@ class CpuOps:
         out = self._array(len(ids), cols)
         packed, layout = weight.packed, weight.packed.layout
         levels = address(packed.levels) if packed.levels.size else 0
-        number = NUMBERS[layout.values] if layout.is_plain else (0 if layout.wide else 1)
+        number = NUMBERS[layout.values if layout.is_plain else layout.number]
         words = [address(ids), len(ids), address(out), cols, packed.padded_cols, layout.block, layout.group]
         words += [layout.bits, SCALES[layout.scale], layout.minimum, levels, number, 16, layout.offset]
         words += [layout.joined]

@@ -11,7 +11,7 @@ lanes is needed. Codes are cut into bit planes of 4, 2 and 1 bits (or whole byte
     8 bits:             8 vectors of signed bytes, code - 128
 
     codes    uint8  (strips, chunks, bits * 4 * LANES)
-    d, dmin  float16 bits or float32 (strips, blocks, LANES)
+    d, dmin  float16 bits, float32, or d alone as a float of 8 bits (see Quants.d_format) (strips, blocks, LANES)
     scale, minimum   int8 or uint8 (strips, groups, LANES)
 
 Scales and minima of 4 bits share a byte of `scale` (the minimum above); of those of 6 bits, `scale` has the low four
@@ -38,6 +38,7 @@ from .simd import BIAS, FAMILY, LANES, QUAD, planes
 SLAB_NBYTES = 8 << 20  # float32 bytes of the rows that are packed at a time
 PLAIN = {"F32": "f32", "F16": "f16", "BF16": "bf16"}  # types whose bytes are kept as they are
 NUMBERS = {"f32": np.dtype("<f4"), "f16": np.dtype("<u2"), "bf16": np.dtype("<u2")}
+D_NUMBERS = {"f32": np.dtype("<f4"), "f16": np.dtype("<u2"), "e8m0": np.dtype("u1"), "e4m3": np.dtype("u1")}
 TABLE_STEPS = 127 * 256  # a float codebook's largest level, as a 16-bit number
 
 
@@ -53,11 +54,16 @@ class Layout:
     scale: str = ""  # "", "i1", "u1"
     minimum: int = 0  # 0 none, 1 dmin alone, 2 dmin * minimum
     joined: int = 0  # bits of a scale and of a minimum that share bytes: 4, 6, or 0 where each has its own
-    wide: bool = False  # d and dmin are float32
+    number: str = "f16"  # what d and dmin are: one of D_NUMBERS
 
     @property
     def is_plain(self) -> bool:
         return self.values in NUMBERS
+
+    @property
+    def wide(self) -> bool:
+        """Whether d and dmin are float32."""
+        return self.number == "f32"
 
     @property
     def unit(self) -> int:
@@ -156,6 +162,7 @@ def canonical(quants: Quants) -> Quants | None:
             codes=quants.codes.reshape(-1, 16),
             group=16,
             d=np.repeat(d, times),
+            d_code=None if quants.scale is not None or quants.d_code is None else np.repeat(quants.d_code, times),
             scale=None,
             dmin=None if dmin is None else np.repeat(dmin, times),
             minimum=None,
@@ -202,9 +209,26 @@ def layout_of(quants: Quants) -> Layout | None:
         scale="" if quants.scale is None else ("i1" if quants.scale.dtype == np.int8 else "u1"),
         minimum=0 if quants.dmin is None else (1 if quants.minimum is None else 2),
         joined=_joined(quants),
-        wide=quants.wide or not (is_half(quants.d) and (quants.dmin is None or is_half(quants.dmin))),
+        number=_number(quants),
     )
     return None if values == "codes" and not layout.span else layout
+
+
+def _number(quants: Quants) -> str:
+    """What d and dmin fit in."""
+    if quants.d_code is not None and quants.dmin is None:
+        return quants.d_format
+    return "f16" if not quants.wide and is_half(quants.d) and (quants.dmin is None or is_half(quants.dmin)) else "f32"
+
+
+def number_arrays(quants: Quants, layout: Layout) -> tuple[np.ndarray | None, np.ndarray | None] | None:
+    """What goes into `d` and `dmin`, each where there is any; None where the layout's float16 cannot hold some."""
+    if layout.number == "f32":
+        return quants.d, quants.dmin
+    if layout.number != "f16":
+        return quants.d_code, None
+    d, dmin = halves(quants.d), None if quants.dmin is None else halves(quants.dmin)
+    return None if d is None or (dmin is None and quants.dmin is not None) else (d, dmin)
 
 
 def _joined(quants: Quants) -> int:
@@ -281,7 +305,7 @@ def pack(tensor: Tensor, run: Callable = map, new: Allocate = aligned) -> Packed
         return _pack_plain(tensor, "f32", run, new)
     out = _pack_quants(tensor, layout, first.codebook, run, new)
     if out is None:  # a later row's d is no float16
-        out = _pack_quants(tensor, replace(layout, wide=True), first.codebook, run, new)
+        out = _pack_quants(tensor, replace(layout, number="f32"), first.codebook, run, new)
     assert out is not None
     return out
 
@@ -294,7 +318,7 @@ def allocate(shape: tuple[int, int], layout: Layout, codebook: np.ndarray | None
         return out
     blocks = out.padded_cols // layout.block
     groups = out.padded_cols // layout.group
-    number = np.dtype(np.float32 if layout.wide else np.uint16)
+    number = D_NUMBERS[layout.number]
     out.codes = new((out.strips, out.padded_cols // 32, layout.bits * 4 * LANES), np.dtype(np.uint8))
     out.d = new((out.strips, blocks, LANES), number)
     if layout.scale:
@@ -327,12 +351,11 @@ def fill(out: Packed, tensor: Tensor, start: int, stop: int) -> bool:
     quants = _quants(tensor, start, stop)
     assert quants is not None
     out.codes[strips] = pack_codes(quants.codes.reshape(n, tensor.cols), layout.bits)
-    for to, values in ((out.d, quants.d), (out.dmin, quants.dmin)):
+    numbers = number_arrays(quants, layout)
+    if numbers is None:
+        return False
+    for to, values in zip((out.d, out.dmin), numbers, strict=True):
         if values is not None:
-            if not layout.wide:
-                values = halves(values)
-                if values is None:
-                    return False
             strip = _strips(values.reshape(n, -1))
             to[strips, : strip.shape[1]] = strip
     for to, values in zip((out.scale, out.minimum), scale_arrays(quants, layout), strict=True):

@@ -15,6 +15,9 @@ faults included, in billions of weights a second, beside the NumPy packing:
     Q4_0 4.7 (0.32)   Q4_1 6.1 (0.39)   Q5_0 4.3 (0.20)   Q5_1 2.9 (0.18)   Q8_0 3.8 (0.70)   F16 2.2 (0.56)
     Q2_K 12 (0.43)    Q3_K 4.9 (0.14)   Q4_K 7.4 (0.31)   Q5_K 4.2 (0.18)   Q6_K 3.5 (0.18)   F32 1.1 (0.45)
 
+and of a shared Zen 4 (AVX-512): TQ1_0 5.4 (0.26), TQ2_0 28 (0.48), Q1_0 18 (0.60), Q2_0 13 (0.24), MXFP4 9.7 (0.46),
+NVFP4 7.5 (0.36), Q4_0 7.6 (0.18).
+
 Out of the cache and into it the kernel alone does 8 to 20: what is left is memory. Tried: one block at a time instead
 of GROUP, the table being read once for each (5 to 11); touching new pages beforehand, lest two threads clear the same
 one (no difference); mapping the file instead of pread (filling the page tables costs what the copy costs).
@@ -27,12 +30,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from ggufkit_formats.blocks import TensorType
 from ggufkit_formats.tensor import Tensor
 
 from . import pack as numpy_pack
-from .jit import kernel, lazy
+from .jit import Entry, kernel, lazy
 from .memory import Arena
 from .pack import PLAIN, SLAB_NBYTES, Layout, Packed
+from .pack_expand import TRITS, expand_nvfp4, expand_tq1_0, form_of
 from .pack_map import map_of
 from .simd import (
     GROUP,
@@ -60,10 +65,10 @@ WORDS_NBYTES = GROUP * QUAD
 # The words of the args, as byte offsets: what is read, how it is cut, and the parts (base, bytes of a strip, bytes
 # of a block, bytes of an element, elements of a block).
 WORDS = ["source", "descriptor", "file_offset", "row_nbytes", "strips", "per_item", "blocks", "block_nbytes"]
-WORDS += ["buffers", "buffer_nbytes", "turned_nbytes", "table", "pieces", "failed", "n_parts"]
+WORDS += ["buffers", "buffer_nbytes", "turned_nbytes", "table", "pieces", "failed", "expansion", "n_parts"]
 AT = {name: 8 * k for k, name in enumerate(WORDS)}
 (SOURCE, DESCRIPTOR, FILE_OFFSET, ROW_NBYTES, STRIPS, PER_ITEM, BLOCKS, BLOCK_NBYTES) = (AT[name] for name in WORDS[:8])
-(BUFFERS, BUFFER, TURNED, TABLE, PIECES, FAILED, N_PARTS) = (AT[name] for name in WORDS[8:])
+(BUFFERS, BUFFER, TURNED, TABLE, PIECES, FAILED, EXPANSION, N_PARTS) = (AT[name] for name in WORDS[8:])
 PARTS = 8 * len(WORDS)
 
 
@@ -90,44 +95,83 @@ def fetch(args, item, buffer):
     return rows, first, last
 
 
+@kernel
+def pack_strip(args, strip, rows, row_nbytes, turned):
+    """One strip of blocks, the rows of which lie at `rows`, by a table (see BitMap.table)."""
+    block_nbytes, table = get_i64(args + BLOCK_NBYTES), get_i64(args + TABLE)
+    blocks, pieces, n_parts = get_i64(args + BLOCKS), get_i64(args + PIECES), get_i64(args + N_PARTS)
+    for block in range(0, blocks, GROUP):
+        rest = blocks - 1 - block  # where fewer than GROUP are left, the last one is done several times
+        for k in range(GROUP):
+            raw = rows + (block + min(k, rest)) * block_nbytes
+            to = turned + QUAD * k
+            for piece in range(pieces):
+                turn_words(raw + get_i32(table + 4 * piece), row_nbytes, to, WORDS_NBYTES)
+                to += 4 * WORDS_NBYTES
+        entry = table + 4 * pieces
+        for k in range(n_parts):
+            part = args + PARTS + 40 * k
+            stride = get_i64(part + 16)
+            to = get_i64(part) + strip * get_i64(part + 8) + block * stride
+            nbytes = get_i64(part + 24)
+            for _ in range(get_i64(part + 32)):
+                word = splat_words(get_i32(entry))
+                terms = get_i32(entry + 4)
+                entry += 8
+                for _ in range(terms):
+                    word = add_term(word, turned, entry)
+                    entry += 16
+                if nbytes == 4:
+                    store_low(to, stride, rest, word, 4)
+                elif nbytes == 2:
+                    store_low(to, stride, rest, word, 2)
+                else:
+                    store_low(to, stride, rest, word, 1)
+                to += nbytes * LANES
+
+
 @lazy
 def pack_words(args, item, worker):
     """Strips of blocks by a table (see BitMap.table)."""
-    row_nbytes, block_nbytes = get_i64(args + ROW_NBYTES), get_i64(args + BLOCK_NBYTES)
-    blocks, pieces, n_parts = get_i64(args + BLOCKS), get_i64(args + PIECES), get_i64(args + N_PARTS)
+    row_nbytes = get_i64(args + ROW_NBYTES)
     turned = get_i64(args + BUFFERS) + worker * get_i64(args + BUFFER)
-    table = get_i64(args + TABLE)
+    read, first, last = fetch(args, item, turned + get_i64(args + TURNED))
+    for strip in range(first, last):
+        pack_strip(args, strip, read + (strip - first) * LANES * row_nbytes, row_nbytes, turned)
+
+
+@lazy
+def pack_tq1_0(args, item, worker):
+    """Strips of TQ1_0, each expanded to TQ2_0 in a buffer before the rows."""
+    blocks, row_nbytes = get_i64(args + BLOCKS), get_i64(args + ROW_NBYTES)
+    turned = get_i64(args + BUFFERS) + worker * get_i64(args + BUFFER)
+    expanded = turned + get_i64(args + TURNED)
+    to_nbytes = blocks * get_i64(args + BLOCK_NBYTES)
+    read, first, last = fetch(args, item, expanded + LANES * to_nbytes + SLACK)
+    for strip in range(first, last):
+        rows = read + (strip - first) * LANES * row_nbytes
+        expand_tq1_0(rows, expanded, LANES * blocks, get_i64(args + EXPANSION))
+        pack_strip(args, strip, expanded, to_nbytes, turned)
+
+
+@lazy
+def pack_nvfp4(args, item, worker):
+    """Strips of NVFP4, whose scales are put in order where they lie."""
+    blocks, row_nbytes = get_i64(args + BLOCKS), get_i64(args + ROW_NBYTES)
+    turned = get_i64(args + BUFFERS) + worker * get_i64(args + BUFFER)
     read, first, last = fetch(args, item, turned + get_i64(args + TURNED))
     for strip in range(first, last):
         rows = read + (strip - first) * LANES * row_nbytes
-        for block in range(0, blocks, GROUP):
-            rest = blocks - 1 - block  # where fewer than GROUP are left, the last one is done several times
-            for k in range(GROUP):
-                raw = rows + (block + min(k, rest)) * block_nbytes
-                to = turned + QUAD * k
-                for piece in range(pieces):
-                    turn_words(raw + get_i32(table + 4 * piece), row_nbytes, to, WORDS_NBYTES)
-                    to += 4 * WORDS_NBYTES
-            entry = table + 4 * pieces
-            for k in range(n_parts):
-                part = args + PARTS + 40 * k
-                stride = get_i64(part + 16)
-                to = get_i64(part) + strip * get_i64(part + 8) + block * stride
-                nbytes = get_i64(part + 24)
-                for _ in range(get_i64(part + 32)):
-                    word = splat_words(get_i32(entry))
-                    terms = get_i32(entry + 4)
-                    entry += 8
-                    for _ in range(terms):
-                        word = add_term(word, turned, entry)
-                        entry += 16
-                    if nbytes == 4:
-                        store_low(to, stride, rest, word, 4)
-                    elif nbytes == 2:
-                        store_low(to, stride, rest, word, 2)
-                    else:
-                        store_low(to, stride, rest, word, 1)
-                    to += nbytes * LANES
+        expand_nvfp4(rows, LANES * blocks)
+        pack_strip(args, strip, rows, row_nbytes, turned)
+
+
+EXPANDING = {"TQ1_0": pack_tq1_0, "NVFP4": pack_nvfp4}  # those of pack_expand.FORMS
+
+
+def kernel_of(type: TensorType) -> Entry:
+    """The kernel that packs a type with scales."""
+    return EXPANDING.get(type.name, pack_words)
 
 
 @kernel
@@ -174,18 +218,19 @@ def _pack(tensor: Tensor, team: Team, memory: Arena) -> Packed | None:
     strips = tensor.rows // LANES
     if not strips or tensor.byte_order != "<" or sys.byteorder != "little":
         return None
-    bitmap = None
+    bitmap, form = None, tensor.type
     if tensor.type.name in PLAIN:
         if tensor.row_nbytes % PIECE_NBYTES:
             return None
         layout, codebook, table, pieces = Layout(PLAIN[tensor.type.name]), None, np.empty(0, np.int32), 0
         kernel = pack_floats if tensor.type.block_nbytes == 4 else pack_halves
     else:
-        bitmap = map_of(tensor.type)
+        form = form_of(tensor.type)
+        bitmap = map_of(form)
         if bitmap is None:
             return None
         layout, codebook, table, pieces = bitmap.layout, bitmap.codebook, bitmap.table, len(bitmap.pieces)
-        kernel = pack_words
+        kernel = kernel_of(tensor.type)
     out = numpy_pack.allocate((tensor.rows, tensor.cols), layout, codebook, memory.array)
     blocks = tensor.cols // tensor.type.block
     parts = [address(out.codes)]
@@ -199,12 +244,15 @@ def _pack(tensor: Tensor, team: Team, memory: Arena) -> Packed | None:
     row_nbytes = tensor.row_nbytes
     per_item = max(1, min(BUFFER_NBYTES // (LANES * row_nbytes), strips // (4 * team.threads)))
     turned = 4 * WORDS_NBYTES * pieces
-    buffer = -(-(turned + per_item * LANES * row_nbytes + 2 * PAGE + SLACK) // 64) * 64
+    buffer = turned + per_item * LANES * row_nbytes + 2 * PAGE + SLACK
+    if form is not tensor.type:
+        buffer += LANES * blocks * form.block_nbytes + SLACK
+    buffer = -(-buffer // 64) * 64
     source, descriptor, offset, keep = _source(tensor)
     with team.lock:
-        words = [source, descriptor, offset, row_nbytes, strips, per_item, blocks, tensor.type.block_nbytes]
+        words = [source, descriptor, offset, row_nbytes, strips, per_item, blocks, form.block_nbytes]
         words += [team.scratch(buffer * team.threads), buffer, turned, address(table), pieces, address(failed)]
-        words += [len(parts) // 5, *parts]
+        words += [address(TRITS), len(parts) // 5, *parts]
         team.run([(kernel.address, -(-strips // per_item))], words)
     del keep
     if failed[0]:

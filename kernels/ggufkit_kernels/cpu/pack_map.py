@@ -24,7 +24,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 from ggufkit_formats.blocks import Quants, TensorType
 
-from .pack import Layout, canonical, halves, layout_of, pack_codes, scale_arrays
+from .pack import Layout, canonical, layout_of, number_arrays, pack_codes, scale_arrays
 from .simd import GROUP, LANES, QUAD
 
 PIECE = 4  # words that are gathered at a time
@@ -114,14 +114,13 @@ def _words(quants: Quants, layout: Layout, n: int) -> tuple[tuple[Part, ...], np
     rows = strips.reshape(len(strips), -1, LANES).transpose(0, 2, 1)
     columns = [rows.reshape(-1, rows.shape[2])[:n]]
     parts = [Part("codes", 4, columns[0].shape[1])]
-    scale, minimum = scale_arrays(quants, layout)
-    for name, values in (("d", quants.d), ("scale", scale), ("dmin", quants.dmin), ("minimum", minimum)):
+    numbers = number_arrays(quants, layout)
+    if numbers is None:
+        return None
+    (d, dmin), (scale, minimum) = numbers, scale_arrays(quants, layout)
+    for name, values in (("d", d), ("scale", scale), ("dmin", dmin), ("minimum", minimum)):
         if values is None:
             continue
-        if name in ("d", "dmin") and not layout.wide:
-            values = halves(values)
-            if values is None:
-                return None
         values = np.ascontiguousarray(values).view(f"<u{values.itemsize}").reshape(n, -1)
         columns.append(values.astype(np.uint32))
         parts.append(Part(name, values.itemsize, values.shape[1]))
@@ -181,7 +180,7 @@ def _holds(bitmap: BitMap, type: TensorType) -> bool:
     for part in parts:
         a, b = words[:, at : at + part.count], ours[:, at : at + part.count]
         same = a == b
-        if part.name in ("d", "dmin"):  # NaN may come back as another NaN
+        if part.nbytes > 1 and part.name in ("d", "dmin"):  # NaN may come back as another NaN
             infinity, magnitude = (0x7F800000, 0x7FFFFFFF) if part.nbytes == 4 else (0x7C00, 0x7FFF)
             same |= (a & np.uint32(magnitude) > infinity) & (b & np.uint32(magnitude) > infinity)
         if not same.all():

@@ -23,6 +23,7 @@ from .inputs import PLAIN_TOKENS, interleave_inputs
 from .jit import Entry, Family
 from .matmul import TOKENS, matmul_kernel, prep_kernel
 from .pack import PLAIN, Layout, canonical, layout_of
+from .pack_expand import form_of
 from .pack_map import map_of
 
 Progress = Callable[[int, int], None]  # (kernels compiled, kernels to compile)
@@ -50,9 +51,9 @@ def of_types(types: Iterable[TensorType], many: bool = True) -> list[Entry]:
     for type in types:
         layout = Layout(PLAIN[type.name]) if type.name in PLAIN else None
         if layout is None:
-            bitmap = map_of(type)
+            bitmap = map_of(form_of(type))
             layout = bitmap.layout if bitmap is not None else layout_of_zeros(type)
-            entries = [pack_fast.pack_words] if bitmap is not None else []
+            entries = [pack_fast.kernel_of(type)] if bitmap is not None else []
         else:
             entries = [pack_fast.pack_floats if type.block_nbytes == 4 else pack_fast.pack_halves]
         if layout is None:  # numbers that become float32
@@ -92,7 +93,8 @@ def named(name: str) -> Entry:
 
 
 class Preparation:
-    """Kernels that are being made ready in the background. `missing` of them were not on disk.
+    """Kernels that are being made ready in the background. `missing` of them were not on disk: without any, there is
+    only linking to do, which begins with `start`.
 
     `progress` is told of those, in that thread; without it, a line is said, as for any kernel that is compiled.
     """
@@ -106,7 +108,13 @@ class Preparation:
             jit.announce()
         self._thread = threading.Thread(target=self._work, name="ggufkit-prepare", daemon=True)
         atexit.register(self.stop)  # LLVM must not be at work when the process ends
-        self._thread.start()
+        if self.missing:  # what only has to be linked waits until packing needs the processors no more
+            self.start()
+
+    def start(self) -> None:
+        """Begin, if that has not happened yet."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     def wait(self) -> None:
         """Wait for the end; Ctrl-C is heard meanwhile."""
@@ -118,7 +126,8 @@ class Preparation:
         self._stop = True
         for other in self._others:
             other.terminate()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _work(self) -> None:
         said = jit.set_notice(None) if self.missing and self._progress is not None else None

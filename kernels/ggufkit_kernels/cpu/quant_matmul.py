@@ -67,6 +67,7 @@ from .words import (
 )
 
 AHEAD = 3072  # bytes
+NUMBER_NBYTES = (4, 2, 2, 1, 1)  # of each kind of number (see `load_number`)
 
 
 def _follows(code_step: int) -> bool:
@@ -83,7 +84,7 @@ def by_pairs(
     scaled: int,
     minimum: int,
     joined: int,
-    wide: int,
+    number: int,
     span: int,
     started: int,
     tokens: int,
@@ -92,8 +93,8 @@ def by_pairs(
     small = 1 if block == 16 else 0  # a chunk has two d
     halves = 1 if group == 16 else 0  # a chunk has two scales and two sums
     chunks, group_chunks = max(1, block // 32), max(1, group // 32)
-    number, quads = (0 if wide else 1), (4 if halves else 8)
-    code_step, scale_step, d_step = bits * 4 * LANES, LANES * (block // group), LANES * (4 if wide else 2)
+    quads, d_step = (4 if halves else 8), LANES * NUMBER_NBYTES[number]
+    code_step, scale_step = bits * 4 * LANES, LANES * (block // group)
     block_step = 2 * d_step if small else d_step
     ahead = tokens == 1 and not _follows(code_step)
     min_step = {0: scale_step, 4: 0, 6: scale_step // 2}[joined]
@@ -191,7 +192,7 @@ def by_fours(
     scaled: int,
     minimum: int,
     joined: int,
-    wide: int,
+    number: int,
     started: int,
     tokens: int,
 ) -> Callable:
@@ -199,8 +200,8 @@ def by_fours(
     small = 1 if block == 16 else 0  # a chunk has two d
     units = 2 if group == 16 else 1  # a chunk has two scales, two starts and two sums
     chunks, group_chunks = max(1, block // 32), max(1, group // 32)
-    number, quads = (0 if wide else 1), 8 // units
-    code_step, scale_step, d_step = bits * QUAD, LANES * (block // group), LANES * (4 if wide else 2)
+    quads, d_step = 8 // units, LANES * NUMBER_NBYTES[number]
+    code_step, scale_step = bits * QUAD, LANES * (block // group)
     block_step = 2 * d_step if small else d_step
     ahead = tokens == 1 and not _follows(code_step)
     min_step = {0: scale_step, 4: 0, 6: scale_step // 2}[joined]

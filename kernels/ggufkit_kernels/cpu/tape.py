@@ -232,7 +232,7 @@ class Tape:
         self._starts = base + 8 * np.array(starts, np.int64)
         self._call_at = 8 * unique[id(call)]
         self._words[unique[id(call)] + 6 : unique[id(call)] + 8] = len(starts), self._starts.ctypes.data
-        self._bytes = memoryview(self._words).cast("B")
+        self._bytes = self._words.data.cast("B")
         self.shared = any(sum(step.items for step in head) > 1 for head in heads)
 
     def _read_next(self, heads: list[list[Step]]) -> list[list[int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -59,13 +58,6 @@ class Tokenizer:
     def _engine(self) -> bpe.ByteLevelBPE | spm.SentencePieceBPE:
         v = self.vocabulary
         return spm.SentencePieceBPE(v) if v.kind == "llama" else bpe.ByteLevelBPE(v)
-
-    def prepare(self) -> None:
-        """Build the tables that encoding needs; the first `encode` does it otherwise."""
-        with contextlib.suppress(Exception):  # that will raise it again
-            engine = self._engine
-            if isinstance(engine, bpe.ByteLevelBPE):
-                _ = engine.ranks
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """Ids of `text`, as `llama_tokenize` gives them.

@@ -1,9 +1,10 @@
 """Quantize rows of weights fast: the bytes of `TensorType.encode`, many threads, compiled loops.
 
-The kernels stand in ranged.py (Q2_K, Q4_K, Q5_K), signed.py (Q6_K), coordinate.py (Q3_K), levels.py (IQ4),
-grids.py (IQ2, IQ3), ones.py (IQ1) and legacy.py. Threads take pieces of a megabyte of float32 from a common list, so
-the extra memory does not grow with the input, and nothing is shared between calls: any number of Python threads may
-encode at once.
+The kernels stand in ranged.py (Q2_K, Q4_K, Q5_K), signed.py (Q6_K), coordinate.py (Q3_K), levels.py (IQ4), grids.py
+(IQ2, IQ3), ones.py (IQ1), legacy.py, ternary.py and fp4.py; those with importance in weighted_ranged.py (also Q4_1,
+Q5_1) and weighted_signed.py (also Q3_K, Q4_0, Q5_0), and the IQ types' own. Threads take pieces of a megabyte of
+float32 from a common list, so the extra memory does not grow with the input (but for the error weights of the older
+types, as large as the input), and nothing is shared between calls: any number of Python threads may encode at once.
 
 Speeds of all types, beside ggml's and the definition's, stand in docs/formats/blocks.md.
 """
@@ -20,10 +21,23 @@ from typing import Any
 
 import numpy as np
 from ggufkit_formats.blocks import TensorType, find
-from ggufkit_formats.blocks.base import as_float32, row_importance
+from ggufkit_formats.blocks.base import as_float32, as_importance
 
 from ..simd import LANES
-from . import coordinate, grids, legacy, levels, near, ones, ranged, signed
+from . import (
+    coordinate,
+    fp4,
+    grids,
+    legacy,
+    levels,
+    near,
+    ones,
+    ranged,
+    signed,
+    ternary,
+    weighted_ranged,
+    weighted_signed,
+)
 
 PIECE = 1 << 18  # weights that a thread takes at a time
 
@@ -32,16 +46,18 @@ PIECE = 1 << 18  # weights that a thread takes at a time
 class Encoder:
     """A kernel (addresses of x and of out, number of blocks, address of scratch) -> whether a check is due.
 
-    The number of blocks is a multiple of `lanes`. A check is due where a weight or a scale may not be finite.
-    A kernel that is `weighted` knows importance, and takes three numbers more: the address of a row's importance (0
-    for none), which begins again behind its end, as far as `lanes` blocks reach; the columns of a row; and the column
-    of the first weight.
+    The number of blocks is a multiple of `lanes`. A check is due where a weight or a scale may not be finite. What a
+    kernel knows of importance is said by `weights`:
+
+    - "blocks": error weights of each block, whose address stands after that of x.
+    - "row": three numbers at the end: the address of a row's importance (0 for none), which begins again behind its
+      end, as far as `lanes` blocks reach; the columns of a row; and the column of the first weight.
     """
 
     kernel: Callable[..., bool]
     scratch: int = 0  # bytes
     lanes: int = 1
-    weighted: bool = False
+    weights: str = ""
     tables: Callable[[], np.ndarray] | None = None  # what the scratch begins with, int64
 
 
@@ -56,15 +72,34 @@ ENCODERS: dict[str, Encoder] = {
     "Q4_K": Encoder(ranged.q4_k, ranged.SCRATCH, LANES),
     "Q5_K": Encoder(ranged.q5_k, ranged.SCRATCH, LANES),
     "Q6_K": Encoder(signed.q6_k, signed.SCRATCH, LANES),
-    "IQ4_NL": Encoder(levels.iq4_nl, levels.SCRATCH, 8 * LANES, weighted=True),
-    "IQ4_XS": Encoder(levels.iq4_xs, levels.SCRATCH, LANES, weighted=True),
-    "IQ3_S": Encoder(grids.iq3_s, grids.SCRATCH, 1, True, near.tables("IQ3_S")),
-    "IQ3_XXS": Encoder(grids.iq3_xxs, grids.SCRATCH, 1, True, near.tables("IQ3_XXS")),
-    "IQ2_S": Encoder(grids.iq2_s, grids.SCRATCH, 1, True, near.tables("IQ2_S")),
-    "IQ2_XS": Encoder(grids.iq2_xs, grids.SCRATCH, 1, True, near.tables("IQ2_XS")),
-    "IQ2_XXS": Encoder(grids.iq2_xxs, grids.SCRATCH, 1, True, near.tables("IQ2_XXS")),
-    "IQ1_S": Encoder(ones.iq1_s, ones.SCRATCH, LANES, True, near.tables("IQ1_S")),
-    "IQ1_M": Encoder(ones.iq1_m, ones.SCRATCH, LANES, True, near.tables("IQ1_S")),
+    "TQ1_0": Encoder(ternary.tq1_0),
+    "TQ2_0": Encoder(ternary.tq2_0),
+    "Q2_0": Encoder(ternary.q2_0, 64),
+    "Q1_0": Encoder(ternary.q1_0, ternary.SCRATCH, LANES),
+    "MXFP4": Encoder(fp4.mxfp4),
+    "NVFP4": Encoder(fp4.nvfp4),
+    "IQ4_NL": Encoder(levels.iq4_nl, levels.SCRATCH, 8 * LANES, "row"),
+    "IQ4_XS": Encoder(levels.iq4_xs, levels.SCRATCH, LANES, "row"),
+    "IQ3_S": Encoder(grids.iq3_s, grids.SCRATCH, 1, "row", near.tables("IQ3_S")),
+    "IQ3_XXS": Encoder(grids.iq3_xxs, grids.SCRATCH, 1, "row", near.tables("IQ3_XXS")),
+    "IQ2_S": Encoder(grids.iq2_s, grids.SCRATCH, 1, "row", near.tables("IQ2_S")),
+    "IQ2_XS": Encoder(grids.iq2_xs, grids.SCRATCH, 1, "row", near.tables("IQ2_XS")),
+    "IQ2_XXS": Encoder(grids.iq2_xxs, grids.SCRATCH, 1, "row", near.tables("IQ2_XXS")),
+    "IQ1_S": Encoder(ones.iq1_s, ones.SCRATCH, LANES, "row", near.tables("IQ1_S")),
+    "IQ1_M": Encoder(ones.iq1_m, ones.SCRATCH, LANES, "row", near.tables("IQ1_S")),
+}
+
+# With importance. The older types take eight blocks of 32 as one of 256.
+WEIGHTED: dict[str, Encoder] = {
+    "Q4_0": Encoder(weighted_signed.q4_0, weighted_signed.SCRATCH, 8 * LANES, "blocks"),
+    "Q4_1": Encoder(weighted_ranged.q4_1, weighted_ranged.SCRATCH, 8 * LANES, "blocks"),
+    "Q5_0": Encoder(weighted_signed.q5_0, weighted_signed.SCRATCH, 8 * LANES, "blocks"),
+    "Q5_1": Encoder(weighted_ranged.q5_1, weighted_ranged.SCRATCH, 8 * LANES, "blocks"),
+    "Q2_K": Encoder(weighted_ranged.q2_k, weighted_ranged.SCRATCH, LANES, "blocks"),
+    "Q3_K": Encoder(weighted_signed.q3_k, weighted_signed.SCRATCH, LANES, "blocks"),
+    "Q4_K": Encoder(weighted_ranged.q4_k, weighted_ranged.SCRATCH, LANES, "blocks"),
+    "Q5_K": Encoder(weighted_ranged.q5_k, weighted_ranged.SCRATCH, LANES, "blocks"),
+    "Q6_K": Encoder(weighted_signed.q6_k, weighted_signed.SCRATCH, LANES, "blocks"),
 }
 
 
@@ -77,21 +112,27 @@ def encode(
     """float (…, cols) -> uint8 (…, bytes per row), the bytes that `TensorType.encode` gives.
 
     `importance` is one weight per column, (cols,), or None; `threads` defaults to the processors this process may
-    use. Types without a kernel (or without one with importance) go to the NumPy definition. Raises FormatError for
-    rows that are not divisible by the block, not finite, or too large for the type's scales, UsageError where a type
-    needs importance and there is none.
+    use. Types without a kernel go to the NumPy definition. Raises FormatError for rows that are not divisible by the
+    block, not finite, or too large for the type's scales, UsageError where a type needs importance and there is none.
     """
     type = find(type)
+    weighted = importance is not None and type.uses_importance
     encoder = ENCODERS.get(type.name)
-    if encoder is None or (not encoder.weighted if importance is not None else type.needs_importance):
+    if weighted and (encoder is None or encoder.weights != "row"):
+        encoder = WEIGHTED.get(type.name)
+    if encoder is None or (importance is None and type.needs_importance):
         return type.encode(x, importance)
     x = as_float32(x)
     row_nbytes = type.row_nbytes(x.shape[-1])
+    weights = None
+    if importance is not None:
+        weights = importance = as_importance(importance, x.shape[-1])
+        if weighted and x.size and encoder.weights == "blocks":
+            weights = type.error_weights(x.reshape(-1, x.shape[-1]), importance)
+            weights = (importance if weights.strides[0] == 0 else weights).reshape(-1, type.block)
     blocks = x.reshape(-1, type.block)
     out = np.empty((len(blocks), type.block_nbytes), np.uint8)
-    if importance is not None:
-        importance = row_importance(importance, x.shape[-1])
-    run(type, encoder, blocks, out, threads or available_threads(), importance)
+    run(type, encoder, blocks, out, threads or available_threads(), weights if weighted and x.size else None)
     return out.reshape(*x.shape[:-1], row_nbytes)
 
 
@@ -108,15 +149,16 @@ def run(
     blocks: np.ndarray,
     out: np.ndarray,
     threads: int,
-    importance: np.ndarray | None = None,
+    weights: np.ndarray | None = None,
 ) -> None:
     """Encode all blocks (n, block) into out (n, nbytes), in pieces that the threads take one after the other.
 
-    `importance` is that of a row, float32 (cols,).
+    `weights` by "blocks" are those of errors, (n, block), or of one row, (m, block), which every row repeats; by "row"
+    the importance of one row, (cols,).
     """
-    cols = 0 if importance is None else len(importance)
-    if importance is not None and cols:  # as far again as the last lane reads
-        importance = np.resize(importance, cols + encoder.lanes * type.block)
+    cols = 0 if weights is None or encoder.weights != "row" else len(weights)
+    if cols:  # as far again as the last lane reads
+        weights = np.resize(weights, cols + encoder.lanes * type.block)  # type: ignore[arg-type]
     step = PIECE // type.block
     pieces = -(-len(blocks) // step)
     counter = itertools.count()  # its next() is atomic
@@ -131,8 +173,12 @@ def run(
         try:
             while not stop.is_set() and (piece := next(counter)) < pieces:
                 part = slice(piece * step, (piece + 1) * step)
-                first = piece * step * type.block % max(cols, 1)
-                if encode_piece(encoder, blocks[part], out[part], scratch, importance, cols, first):
+                w, first = weights, 0
+                if cols:
+                    first = piece * step * type.block % cols
+                elif weights is not None:
+                    w = weights[np.arange(len(blocks))[part] % len(weights)]
+                if encode_piece(encoder, blocks[part], out[part], scratch, w, cols, first):
                     type.check_finite(blocks[part])
                     type.check_scales(out[part].reshape(-1).view(type.fields))
         except BaseException:
@@ -155,27 +201,30 @@ def encode_piece(
     x: np.ndarray,
     out: np.ndarray,
     scratch: np.ndarray,
-    importance: np.ndarray | None = None,
+    weights: np.ndarray | None = None,
     cols: int = 0,
     first: int = 0,
 ) -> bool:
-    """Encode blocks x (n, block) into out (n, nbytes), both contiguous; the last ones beside blocks of zeros.
+    """Encode blocks x (n, block) into out (n, nbytes), all contiguous; the last ones beside blocks of zeros.
 
-    `importance`, `cols` and `first` are what a weighted kernel wants, the first as an array.
+    `weights` are those of the blocks, or of a row of `cols` columns, of which the blocks begin with column `first`.
     """
+    of_blocks = encoder.weights == "blocks"
 
-    def kernel(x: np.ndarray, out: np.ndarray, n: int, start: int) -> bool:
-        weights: tuple[Any, ...] = (0, 1, 0) if encoder.weighted else ()
-        if importance is not None:
-            weights = importance.ctypes.data, cols, (first + start * x.shape[1]) % cols
-        return encoder.kernel(x.ctypes.data, out.ctypes.data, n, scratch.ctypes.data, *weights)
+    def kernel(x: np.ndarray, w: np.ndarray | None, out: np.ndarray, n: int, start: int) -> bool:
+        words: list[Any] = [x.ctypes.data, out.ctypes.data, n, scratch.ctypes.data]
+        if of_blocks and w is not None:
+            words.insert(1, w.ctypes.data)
+        elif encoder.weights == "row":
+            words += (0, 1, 0) if w is None else (w.ctypes.data, cols, (first + start * x.shape[1]) % cols)
+        return bool(encoder.kernel(*words))
 
     whole = len(x) - len(x) % encoder.lanes
-    due = whole and kernel(x, out, whole, 0)
+    due = whole > 0 and kernel(x, weights, out, whole, 0)
     if rest := len(x) - whole:
-        last_x = np.zeros((encoder.lanes, x.shape[1]), np.float32)
+        padding = ((0, encoder.lanes - rest), (0, 0))
+        last_w = np.pad(weights[whole:], padding) if of_blocks and weights is not None else weights
         last_out = np.empty((encoder.lanes, out.shape[1]), np.uint8)
-        last_x[:rest] = x[whole:]
-        due |= kernel(last_x, last_out, encoder.lanes, whole)
+        due |= kernel(np.pad(x[whole:], padding), last_w, last_out, encoder.lanes, whole)
         out[whole:] = last_out[:rest]
-    return bool(due)
+    return due

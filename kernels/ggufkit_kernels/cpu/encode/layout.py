@@ -29,6 +29,7 @@ from ..simd import (
     prefetch,
     repeat,
     rows_to_lanes,
+    scatter,
     store_vector,
 )
 
@@ -99,3 +100,24 @@ pack_pairs = packer(0, 3, 32, 4, 2)
 pack_high_pairs = packer(4, 3, 32, 4, 2)
 pack_third_bits = packer(2, 1, 32, 8, 1)
 pack_fifth_bits = packer(4, 1, 32, 8, 1)
+
+
+@kernel
+def pack_block(codes, out, stride):
+    """32 codes below 16 after a mask -> 16 bytes a block, `stride` apart: the first half in the low nibbles."""
+    for q in range(4):
+        word = repeat(0, LANES)
+        for j in range(4):
+            at = codes + (4 * q + j) * ROW
+            low, high = load_words(at, LANES) & 15, load_words(at + 16 * ROW, LANES) & 15
+            word = word | (low << (8 * j)) | (high << (8 * j + 4))
+        scatter(out + 4 * q, stride, word)
+
+
+@kernel
+def pack_word(codes, out, stride):
+    """The fifth bits of 32 codes -> one word a block, `stride` apart."""
+    word = repeat(0, LANES)
+    for j in range(32):
+        word = word | (((load_words(codes + j * ROW, LANES) >> 4) & 1) << j)
+    scatter(out, stride, word)

@@ -12,7 +12,8 @@ weight for Q4_K with 8 lanes, 9 for Q2_K and Q5_K; 20, 18 and 16 are reached on 
 the first loop takes 41 % (3 cycles a vector for 2.5), the second 22 % (1.6 for 1.5), what is between them, four
 divisions that wait for the loop before, 12 %, the first trial 6 %, turning the weights 6 %, the rest 13 %.
 
-Quotients beyond 2**22 get ggml's odd values, which costs three instructions more and next to never happens. So the
+Quotients beyond 2**22 get ggml's odd values (with importance its trials hold them to the bounds first, `held`), which
+costs three instructions more and next to never happens. So the
 quotients of a group's ends (rounding keeps order, all others lie between) decide which loop runs: the one without
 bounds (most trials of the first two thirds), the one with bounds, or the exact one.
 
@@ -74,7 +75,7 @@ from .layout import (
 )
 
 F32 = np.float32
-HALF = F32(0.5)
+HALF, STEP, INFINITY = F32(0.5), F32(0.1), F32(np.inf)
 FITS = F32(2**21)  # quotients below are rounded alike by all routes
 TILE = 2  # groups side by side
 FLIGHT = 2  # tiles searched by turns
@@ -93,13 +94,13 @@ INVERSE, MIN, BEST, BEST_INVERSE, BEST_MIN, SCALE = (TILE_ROW * i for i in range
 STATE_SIZE = 19 * TILE_ROW
 # What is found, a row a group. The minimum is to be added here (at most 0), subtracted on disk.
 FOUND = STATE + FLIGHT * STATE_SIZE
-SCALES, MINIMA, FLAT, INVERSES, STARTS, GROUP_D, GROUP_M = (FOUND + 16 * ROW * i for i in range(7))
+SCALES, MINIMA, FLAT, INVERSES, STARTS, SUMS, GROUP_D, GROUP_M = (FOUND + 16 * ROW * i for i in range(8))
 WORDS = GROUP_M + 16 * ROW
 SCRATCH = WORDS + 8 * ROW
 
 
-def regression(bounded, exact):
-    """The kernel that finds codes, with or without bounds, or exactly for any quotient."""
+def regression(bounded, exact, held):
+    """The kernel that finds codes, with or without bounds, or exactly for any quotient, or held to the bounds first."""
 
     @kernel
     def regress(x, w, k, inverse, minimum, top, tried):
@@ -108,7 +109,9 @@ def regression(bounded, exact):
         for i in range(0, k * TILE_ROW, TILE_ROW):
             xi = load_floats(x + i, WIDE)
             quotient = inverse * (xi - minimum)
-            if exact:
+            if held:
+                code = whole(at_most(choose(quotient > ZERO, quotient, ZERO), top))
+            elif exact:
                 code = clipped(quotient, 0, np.int64(top))
             elif bounded:
                 code = at_most(at_least_zero(whole(quotient)), top)
@@ -124,15 +127,12 @@ def regression(bounded, exact):
     return regress
 
 
-regress_inside, regress_bounded, regress_exactly = (
-    regression(False, False),
-    regression(True, False),
-    regression(True, True),
-)
+regress_inside, regress_bounded = regression(False, False, False), regression(True, False, False)
+regress_exactly, regress_held = regression(True, True, False), regression(True, True, True)
 
 
 @kernel
-def regress(x, w, k, top, tried, s, now):
+def regress(x, w, k, top, held, tried, s, now):
     """`regress` by INVERSE and MIN, in the cheapest way that gives ggml's codes."""
     inverse, minimum = load_floats(now + INVERSE, WIDE), load_floats(now + MIN, WIDE)
     a, b = inverse * (load_floats(s + LOW, WIDE) - minimum), inverse * (load_floats(s + HIGH, WIDE) - minimum)
@@ -141,6 +141,8 @@ def regress(x, w, k, top, tried, s, now):
         return regress_inside(x, w, k, inverse, minimum, top, tried)
     if all_of((magnitude(a) < FITS) & (magnitude(b) < FITS)):
         return regress_bounded(x, w, k, inverse, minimum, top, tried)
+    if held:
+        return regress_held(x, w, k, inverse, minimum, top, tried)
     return regress_exactly(x, w, k, inverse, minimum, top, tried)
 
 
@@ -167,7 +169,7 @@ def begin(x, w, k, top, absolute, tried, s, factor):
         low, high = least(xi, low), greatest(xi, high)
         worst = greatest(worst, bits_of(magnitude(xi)))
         sum_w, sum_x = sum_w + wi, sum_x + wi * xi
-    low = least(low, repeat(ZERO, WIDE))
+    low = choose(low > ZERO, ZERO, low)  # -0 stays, whose sign some types store
     flat = low == high  # the search finds nothing then, but must not divide by 0: that would take the exact route
     inverse = choose(flat, ZERO, top / (high - low))
     scale = ONE / inverse
@@ -176,20 +178,21 @@ def begin(x, w, k, top, absolute, tried, s, factor):
     store_vector(s + SUM_W, sum_w)
     store_vector(s + SUM_X, sum_x)
     store_vector(now + INVERSE, inverse)
-    store_vector(now + BEST_INVERSE, inverse)
+    # an infinite quotient has code 0 here, whatever the trials do
+    store_vector(now + BEST_INVERSE, choose(inverse < INFINITY, inverse, ZERO))
     store_vector(now + MIN, low)
     store_vector(now + BEST_MIN, low)
     store_vector(now + SCALE, scale)
-    regress(x, w, k, top, tried, s, now)
+    regress(x, w, k, top, False, tried, s, now)
     store_vector(now + BEST, judge(x, w, k, scale, low, absolute, tried))
     store_vector(now + INVERSE, choose(flat, ZERO, factor / (high - low)))
     return worst
 
 
 @kernel
-def propose(x, w, k, top, tried, s, now):
+def propose(x, w, k, top, held, tried, s, now):
     """Codes by INVERSE and MIN, and the scale and minimum of least squares for them; a minimum above 0 becomes 0."""
-    sum_l, sum_l2, sum_xl = regress(x, w, k, top, tried, s, now)
+    sum_l, sum_l2, sum_xl = regress(x, w, k, top, held, tried, s, now)
     sum_w, sum_x = load_floats(s + SUM_W, WIDE), load_floats(s + SUM_X, WIDE)
     det = sum_w * sum_l2 - sum_l * sum_l
     scale = (sum_w * sum_xl - sum_x * sum_l) / det
@@ -220,8 +223,8 @@ def decide(x, w, k, absolute, tried, s, old, now, factor):
 
 
 @kernel
-def search(x, k, top, r_min, steps, absolute, s, group):
-    """Scales and minima of FLIGHT tiles from `group` on; the weights of their sums lie at W.
+def search(x, w, k, top, r_min, r_step, steps, absolute, held, s, group):
+    """Scales and minima of FLIGHT tiles from `group` on, and the sums of their w.
 
     While one tile waits for its divisions the other one's loops run. Of a code that was tried nothing is kept but
     the inverse scale and minimum that gave the best ones: the final codes follow from the stored scales anyway,
@@ -231,17 +234,17 @@ def search(x, k, top, r_min, steps, absolute, s, group):
     size = k * TILE_ROW
     for t in range(FLIGHT):
         state, at = s + STATE + t * STATE_SIZE, t * size
-        found = begin(x + at, s + W + at, k, top, absolute, s + TRIED + at, state, F32(r_min + top))
+        found = begin(x + at, w + at, k, top, absolute, s + TRIED + at, state, F32(r_min + top))
         worst = greatest(worst, found)
     old, new = FIRST, FIRST + CHANGING
     for step in range(1, steps + 2):
-        factor = F32(F32(r_min + F32(0.1) * F32(step)) + top)  # of the next trial
+        factor = F32(F32(r_min + r_step * F32(step)) + top)  # of the next trial
         for t in range(FLIGHT):
             state, at = s + STATE + t * STATE_SIZE, t * size
-            propose(x + at, s + W + at, k, top, s + TRIED + at, state, state + old)
+            propose(x + at, w + at, k, top, held, s + TRIED + at, state, state + old)
         for t in range(FLIGHT):
             state, at = s + STATE + t * STATE_SIZE, t * size
-            decide(x + at, s + W + at, k, absolute, s + TRIED + at, state, state + old, state + new, factor)
+            decide(x + at, w + at, k, absolute, s + TRIED + at, state, state + old, state + new, factor)
         old, new = new, old
     for t in range(FLIGHT):
         state, to = s + STATE + t * STATE_SIZE, s + group * ROW + t * TILE_ROW
@@ -252,11 +255,21 @@ def search(x, k, top, r_min, steps, absolute, s, group):
         store_vector(to + FLAT, choose(flat, ONE, repeat(ZERO, WIDE)))
         store_vector(to + INVERSES, load_floats(best + BEST_INVERSE, WIDE))
         store_vector(to + STARTS, load_floats(best + BEST_MIN, WIDE))
+        store_vector(to + SUMS, load_floats(state + SUM_W, WIDE))
     return worst
 
 
 @kernel
-def recode(s, k, top):
+def found_code(x, inverse, minimum, flat, top, held):
+    """The code that the search found for x (from the inverse scale and minimum that were best); 0 in a flat group."""
+    quotient = inverse * (x - minimum)
+    if held:
+        quotient = at_most(choose(quotient > ZERO, quotient, ZERO), F32(top))
+    return choose(flat, 0, between(nearest(quotient), 0, top))
+
+
+@kernel
+def recode(s, k, top, held):
     """The final codes: nearest to (x + group_m) / group_d; those of the search where group_d is 0."""
     for g in range(256 // k):
         row = s + g * ROW
@@ -270,8 +283,7 @@ def recode(s, k, top):
             flat = load_floats(row + FLAT, LANES) != ZERO
             inverse, minimum = load_floats(row + INVERSES, LANES), load_floats(row + STARTS, LANES)
             for i in range(k):
-                quotient = inverse * (load_floats(x + i * TILE_ROW, LANES) - minimum)
-                code = choose(flat, 0, between(nearest(quotient), 0, top))
+                code = found_code(load_floats(x + i * TILE_ROW, LANES), inverse, minimum, flat, top, held)
                 store_vector(codes + i * ROW, choose(zero, code, load_words(codes + i * ROW, LANES)))
 
 
@@ -343,9 +355,9 @@ def q45_encoder(bits, nbytes, r_min, steps):
                 columns = s + COLUMNS + column(g, 0, 32, TILE)
                 for t in range(FLIGHT):
                     q45_weights(columns + t * size, s + W + t * size)
-                worst = greatest(worst, search(columns, 32, F32(top), low, steps, False, s, g))
+                worst = greatest(worst, search(columns, s + W, 32, F32(top), low, STEP, steps, False, False, s, g))
             worst_half = greatest(worst_half, q45_scales(s, to, nbytes))
-            recode(s, 32, top)
+            recode(s, 32, top, False)
             for p in range(4):
                 pack_nibbles(s + CODES + 64 * p * ROW, s + WORDS, to + nbytes - 128 + 32 * p, nbytes)
             if bits == 5:
@@ -388,9 +400,9 @@ def q2_k(x, out, n, s):
             columns = s + COLUMNS + column(g, 0, 16, TILE)
             for i in range(0, FLIGHT * 16 * TILE_ROW, TILE_ROW):
                 store_vector(s + W + i, magnitude(load_floats(columns + i, WIDE)))
-            worst = greatest(worst, search(columns, 16, F32(3), F32(-0.5), 15, True, s, g))
+            worst = greatest(worst, search(columns, s + W, 16, F32(3), F32(-0.5), STEP, 15, True, False, s, g))
         worst_half = greatest(worst_half, q2_scales(s, to))
-        recode(s, 16, 3)
+        recode(s, 16, 3, False)
         for h in range(2):
             pack_pairs(s + CODES + 128 * h * ROW, s + WORDS, to + 16 + 32 * h, 84)
     return any_of(worst >= NOT_FINITE) | any_of(worst_half >= NOT_FINITE_HALF)

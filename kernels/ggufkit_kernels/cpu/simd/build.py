@@ -155,14 +155,35 @@ def float_to_half(builder: Any, x: Any) -> Any:
     return builder.trunc(builder.or_(out, sign), I16)
 
 
+def small_number(builder: Any, code: Any, kind: int) -> Any:
+    """Bytes -> float32, exactly: 2**(code - 128) (kind 3), or half of an e4m3 below 128, none of them NaN (kind 4)."""
+    vector = isinstance(code.type, ir.VectorType)
+    of = (lambda ty: ir.VectorType(ty, code.type.count)) if vector else (lambda ty: ty)
+
+    def same(ty: Any, value: float) -> Any:
+        return const(of(ty), value) if vector else ir.Constant(ty, value)
+
+    if kind == 4:  # shifted, it is a half with another bias: 2**-7 of the number
+        halves = builder.shl(builder.zext(code, of(I16)), same(I16, 7))
+        return builder.fmul(half_to_float(builder, halves), same(FLOAT, 128.0))
+    wide = builder.zext(code, of(I32))
+    # The exponent is code - 1; of 0 and 1 the numbers are denormal, and what is larger here.
+    normal = builder.shl(builder.sub(wide, same(I32, 1)), same(I32, 23))
+    denormal = builder.shl(builder.add(wide, same(I32, 1)), same(I32, 21))
+    bits = builder.select(builder.icmp_signed(">", normal, denormal), normal, denormal)
+    return builder.bitcast(bits, of(FLOAT))
+
+
 def number(builder: Any, at: Any, kind: int, count: int) -> Any:
-    """A float32 or `count` of them, from float32 (kind 0), float16 (1) or bfloat16 (2)."""
+    """A float32 or `count` of them, from float32 (kind 0), float16 (1), bfloat16 (2), or bytes: see `small_number`."""
 
     def of(ty: Any) -> Any:
         return ir.VectorType(ty, count) if count > 1 else ty
 
     if kind == 0:
         return load(builder, at, of(FLOAT))
+    if kind > 2:
+        return small_number(builder, load(builder, at, of(I8)), kind)
     bits = load(builder, at, of(I16))
     if kind == 1:
         return half_to_float(builder, bits)
