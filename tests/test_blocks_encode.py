@@ -18,7 +18,9 @@ from nasty_weights import (
 )
 from oracles.ggml import Ggml
 
-NAMES = [t.name for t in TYPES.values() if t.is_quantized and not t.name.startswith(("IQ1", "IQ2", "IQ3"))]
+NAMES = [
+    t.name for t in TYPES.values() if t.is_quantized and t.id >= 0 and not t.name.startswith(("IQ1", "IQ2", "IQ3"))
+]
 BY_CHUNK = [name for name in NAMES if name not in ("Q8_1", "Q8_K")]  # those that ggml_quantize_chunk knows
 IGNORING = [name for name in BY_CHUNK if not TYPES[name].uses_importance]
 LARGE = ("Q8_K", "MXFP4", "NVFP4")  # take any weight: scales of float32, or of 8 bits that end at the largest

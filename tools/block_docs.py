@@ -118,6 +118,15 @@ The same on a Zen 4 (AVX-512) that other work was going on at:
 | Q2_0 | 4158 | 301 | 13.8 |
 | MXFP4 | 1190 | 178 | 6.7 |
 | NVFP4 | 1129 | 40 | 28.6 |
+| IQ4_NL | 105 | 3.2 | 33 |
+| IQ4_XS | 111 | 3.2 | 35 |
+| IQ3_S | 16 | 3.2 | 5.1 |
+| IQ3_XXS | 9 | 2.2 | 4.1 |
+| IQ2_S | 16 | 4.4 | 3.6 |
+| IQ2_XS (with importance) | 6 | 1.2 | 5.2 |
+| IQ2_XXS (with importance) | 11 | 3.0 | 3.7 |
+| IQ1_S (with importance) | 44 | 6 | 7.4 |
+| IQ1_M | 37 | 7 | 5.1 |
 
 With an importance matrix, on another machine (Zen 4 with AVX-512, shared): `python tools/bench_encode.py --importance`,
 million weights a second of one thread's processor time; `--importance --check 1000000` found no byte that differs.
