@@ -23,7 +23,8 @@ NAMES = list(ENCODERS)
 
 def test_every_type_with_scales_has_a_kernel():
     activations = {"Q8_1", "Q8_K"}
-    assert set(NAMES) == {name for name, t in TYPES.items() if t.is_quantized} - activations
+    in_file = {name for name, t in TYPES.items() if t.is_quantized and t.id >= 0}  # NF4 is made by convert
+    assert set(NAMES) == in_file - activations
 
 
 @pytest.mark.parametrize("name", NAMES)

