@@ -121,8 +121,9 @@ class TensorType:
         weights = None
         if importance is not None:
             importance = as_importance(importance, x.shape[-1])
-            if self.uses_importance and x.size:
-                weights = self.error_weights(x.reshape(-1, x.shape[-1]), importance).reshape(-1, self.block)
+            if self.uses_importance:
+                weights = self.error_weights(x.reshape(-1, x.shape[-1]), importance) if x.size else x
+                weights = weights.reshape(-1, self.block)
         out = self.encode_blocks(x.reshape(-1, self.block), weights)
         self.check_scales(out)
         return out.view(np.uint8).reshape(*x.shape[:-1], row_nbytes)
