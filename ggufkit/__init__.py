@@ -5,6 +5,7 @@
     x = ggufkit.dequantize(q, "q4_k")
     m = ggufkit.load("model.gguf")             # m.generate, m.chat, m.logits, m.tokenizer
     ggufkit.convert("checkpoint/", "q4_k", "out.gguf")
+    a = ggufkit.affine.quantize(array, bits=8) # the textbook's scale and zero point
 
 Importing this package loads none of its parts, and not NumPy; they come when they are called.
 """
@@ -23,13 +24,14 @@ if TYPE_CHECKING:
     import numpy as np
     from ggufkit_runtime.generate import Model
 
+    from . import affine
     from .convert import Report
     from .file import File
 
 __version__ = "0.1.0"
 __all__ = [
     "FormatError", "GgufkitError", "UnsupportedError", "UsageError",
-    "convert", "dequantize", "load", "open", "quantize",
+    "affine", "convert", "dequantize", "load", "open", "quantize",
 ]  # fmt: skip
 
 
@@ -99,6 +101,15 @@ def convert(
     from .convert import convert as run
 
     return run(source, type, output, **options)
+
+
+def __getattr__(name: str) -> Any:
+    """`ggufkit.affine`, loaded when it is asked for."""
+    if name == "affine":
+        import importlib
+
+        return importlib.import_module("ggufkit.affine")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class _Package(types.ModuleType):

@@ -23,6 +23,9 @@ Numbers are little endian. `d`, `dmin` and `m` are float16 unless a diagram says
 float32, one rounding an operation, from left to right. Decoding equals ggml's `dequantize_row_*` bit for bit for all
 bytes, scales that are NaN, infinite or denormal included (a NaN's payload aside).
 
+NF4 has no number in GGUF and stands in a file as several tensors ([nf4.md](nf4.md)); its block here is the one in
+memory.
+
 ## What encoding does
 
 `TensorType.encode` is the definition, in NumPy; `ggufkit_kernels.cpu.encode.encode` gives the same bytes from compiled
@@ -143,9 +146,11 @@ def bits(t: TensorType) -> str:
 
 
 def text() -> str:
-    types = sorted(TYPES.values(), key=lambda t: t.id)
+    types = sorted(TYPES.values(), key=lambda t: (t.id < 0, t.id))
     lines = ["| type | id | weights a block | bytes | bits a weight |", "|---|---|---|---|---|"]
-    lines += [f"| {t.name} | {t.id} | {t.block} | {t.block_nbytes} | {bits(t)} |" for t in types]
+    lines += [
+        f"| {t.name} | {t.id if t.id >= 0 else 'none'} | {t.block} | {t.block_nbytes} | {bits(t)} |" for t in types
+    ]
     for t in types:
         if not t.is_quantized:
             continue

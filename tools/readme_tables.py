@@ -17,9 +17,11 @@ def types_table() -> str:
         "| type | id | block | bits/weight | read | write | run on CPU | run on CUDA |",
         "|---|--:|--:|--:|:-:|:-:|:-:|:-:|",
     ]
-    for t in sorted(TYPES.values(), key=lambda t: (t.is_quantized, t.name[0] != "F", t.id)):
+    for t in sorted(TYPES.values(), key=lambda t: (t.is_quantized, t.id < 0, t.name[0] != "F", t.id)):
         cells = [yes(True), yes(writes(t)), yes(True), "-"]
-        lines.append(f"| {t.name} | {t.id} | {t.block} | {t.bits_per_weight:g} | {' | '.join(cells)} |")
+        lines.append(
+            f"| {t.name} | {t.id if t.id >= 0 else 'none'} | {t.block} | {t.bits_per_weight:g} | {' | '.join(cells)} |"
+        )
     return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, overload
 
+from . import nf4_tensors
 from .blocks import TensorType, UnknownType, by_id
 from .errors import FormatError, GgufkitError, UnsupportedError
 from .gguf_metadata import ArrayOfArrays, Cursor, Metadata, Slot, ValueType, parse
@@ -46,7 +47,8 @@ class GgufFile:
     """An open GGUF file, or all shards of a split one. Also a context manager.
 
     `metadata` is the first shard's. `paths` and `shards` are in shard order; a tensor's `source` is its shard, and
-    its `offset` counts from the start of that shard.
+    its `offset` counts from the start of that shard. `stored` are the tensors that the file lists, `tensors` what they
+    mean: the parts of an NF4 tensor are one there.
     """
 
     def __init__(self, shards: list[_Shard]):
@@ -59,12 +61,13 @@ class GgufFile:
         self.sources: list[FileSource] = [shard.source for shard in shards]
         self.paths: list[Path] = [source.path for source in self.sources]
         self.nbytes: int = sum(source.nbytes for source in self.sources)
-        self.tensors: dict[str, Tensor] = {}
+        self.stored: dict[str, Tensor] = {}
         for shard in shards:
             for name, tensor in shard.tensors.items():
-                if name in self.tensors:
+                if name in self.stored:
                     raise FormatError(f"{shard.source.path}: tensor {quote(name)} stands in an earlier shard, too")
-                self.tensors[name] = tensor
+                self.stored[name] = tensor
+        self.tensors: dict[str, Tensor] = nf4_tensors.join(self.metadata, self.stored, self.path)
 
     def close(self) -> None:
         for source in self.sources:
@@ -94,11 +97,10 @@ def open(path: str | os.PathLike[str], kind: type[GgufFile] = GgufFile) -> GgufF
     GgufkitError where it cannot be read. Source: the GGUF specification of ggml (docs/gguf.md there).
     """
     first = _Shard.open(path)
-    if first.n_shards <= 1:
-        return kind([first])
     shards = [first]
     try:
-        shards = _open_shards(first)
+        if first.n_shards > 1:
+            shards = _open_shards(first)
         return kind(shards)
     except BaseException:
         for shard in shards:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from . import bitsandbytes
 from .blocks import TensorType, UnknownType, find
 from .errors import FormatError, GgufkitError
 from .gguf_strings import quote
@@ -32,14 +33,19 @@ _BITS |= {"U16": 16, "U32": 32, "U64": 64, "C64": 64, "F6_E2M3": 6, "F6_E3M2": 6
 
 
 class SafetensorsFile:
-    """An open checkpoint. Also a context manager. Tensors come shard by shard, in the order of their bytes."""
+    """An open checkpoint. Also a context manager. Tensors come shard by shard, in the order of their bytes.
+
+    `stored` are the tensors that the files list, `tensors` what they mean: the parts of a matrix that bitsandbytes
+    quantized are one there.
+    """
 
     def __init__(self, path: Path, sources: list[FileSource], tensors: dict[str, Tensor], metadata: dict[str, str]):
         self.path = path
         self.sources = sources
         self.paths: list[Path] = [source.path for source in sources]
         self.nbytes: int = sum(source.nbytes for source in sources)
-        self.tensors = tensors
+        self.stored = tensors
+        self.tensors = _meant(path, tensors)
         self.metadata = metadata  # `__metadata__` of the first file that has one
 
     def close(self) -> None:
@@ -85,11 +91,18 @@ def open(path: str | os.PathLike[str]) -> SafetensorsFile:
         if weight_map is not None and len(tensors) < len(weight_map):
             name = next(name for name in weight_map if name not in tensors)
             raise FormatError(f"{found}: tensor {quote(name)} is not in {weight_map[name]}, where the index says it is")
+        return SafetensorsFile(path, sources, tensors, metadata)
     except BaseException:
         for source in sources:
             source.close()
         raise
-    return SafetensorsFile(path, sources, tensors, metadata)
+
+
+def _meant(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    try:
+        return bitsandbytes.join(tensors)
+    except GgufkitError as error:
+        raise type(error)(f"{path}: {error}") from None
 
 
 # -- folders ---------------------------------------------------------------------------------------

@@ -53,6 +53,11 @@ class Tensor:
         return self.type.row_nbytes(self.cols)
 
     @property
+    def in_one_piece(self) -> bool:
+        """Whether the file holds the blocks of `type` one after the other: `nbytes` from `offset` on."""
+        return True
+
+    @property
     def raw(self) -> np.ndarray:
         """uint8 (…, bytes per row): a view of the mapped file, or a swapped copy if it is big-endian.
 

@@ -18,6 +18,8 @@ COMMANDS = {
     "convert": "Convert a checkpoint or a GGUF file to a file type.",
     "run": "Generate text, or chat.",
     "inspect": "Show the metadata and tensors of a GGUF file.",
+    "diff": "Compare two GGUF files.",
+    "types": "List all tensor types and file types.",
     "tokenize": "Show the token ids of a text.",
     "perplexity": "Measure how well a model predicts a text.",
     "imatrix": "Make an importance matrix for convert.",

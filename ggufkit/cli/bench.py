@@ -52,7 +52,7 @@ def command(model: str | None, hf: str | None, n_prompt: int, n_gen: int, repeti
     file_type = None if info.file_type is None else file_types.by_id(info.file_type)
     document = {
         "model": info.name,
-        "type": file_type.name if file_type else "unknown",
+        "type": file_type.name if file_type else info.main_type,
         "n_parameters": info.n_parameters,
         "n_bytes": info.n_bytes,
         "device": loaded.ops.name,

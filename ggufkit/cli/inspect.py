@@ -68,12 +68,17 @@ def _document(file: Path, opened: GgufFile, key: str | None, no_tensors: bool, f
     if not no_tensors:
         number = {id(source): i for i, source in enumerate(opened.sources)}
         document["tensors"] = [
-            {"name": t.name, "type": t.type.name, "shape": t.shape[::-1], "offset": t.offset, "nbytes": t.nbytes}
+            _listed(t)
             | ({"shard": number[id(t.source)]} if split else {})
+            | ({"parts": [_listed(part) for part in getattr(t, "parts", [])]} if not t.in_one_piece else {})
             for t in opened.tensors.values()
         ]
     document["summary"] = _summary(opened)
     return document
+
+
+def _listed(t: Tensor) -> dict[str, Any]:
+    return {"name": t.name, "type": t.type.name, "shape": t.shape[::-1], "offset": t.offset, "nbytes": t.nbytes}
 
 
 def _summary(opened: GgufFile) -> dict[str, Any]:
@@ -147,6 +152,8 @@ def _print_all(opened: GgufFile, no_tensors: bool, full: bool) -> None:
         write(f"  {shown:<{pad}}  {_text(opened.metadata.typed(key), room, whole=full)}\n")
     if not no_tensors and opened.tensors:
         write("\nTensors\n" + _tensor_table(list(opened.tensors.values()), width) + "\n")
+    if len(opened.stored) > len(opened.tensors):
+        write(f"\nNF4 tensors are stored in parts: the file lists {len(opened.stored)} tensors.\n")
     types = ", ".join(f"{name} × {n}" for name, n in summary["types"].items())
     write(
         f"\n{summary['n_tensors']} tensors, {summary['n_parameters']:,} parameters, "

@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from ggufkit_formats import blocks, gguf
@@ -21,8 +20,10 @@ from ggufkit_formats.errors import FormatError, GgufkitError, UnsupportedError, 
 from ..quantize import file_types
 from ..quantize import imatrix as importance
 from ..quantize.file_types import FileType
-from ..quantize.rules import Choice, Overrides, choose, needs_imatrix, order
+from ..quantize.rules import Choice, Overrides, choose, may_quantize, needs_imatrix, order
+from . import nf4, outputs
 from .job import FILE_TYPE, Input, Job
+from .outputs import Output
 from .report import Entry, Report
 
 __all__ = ["Entry", "Report", "convert"]
@@ -79,26 +80,29 @@ def convert(
         choices = choose(file_type, tensors, replace(job.facts, has_imatrix=matrix is not None), overrides)
         _check_choices(job, choices, no_fallback, allow_requantize)
         _check_needed(job, matrix, choices)
-        metadata = job.metadata | {FILE_TYPE: np.uint32(file_type.id)}
+        made = outputs.of(job, choices, file_type.nested)
+        metadata = job.metadata | {FILE_TYPE: np.uint32(max(file_type.id, 0))} | made.metadata
+        if file_type.id < 0:
+            del metadata[FILE_TYPE]
         if matrix is not None:
             _check_importance(job, matrix, choices, file_type)
             notes = matrix.metadata()
             metadata = {key: value for key, value in metadata.items() if key not in notes} | notes
-        planned = gguf.Plan(metadata, [_described(each, choices[each.name]) for each in job.inputs])
+        planned = gguf.Plan(metadata, made.rows)
         target = _target(output, job.name, file_type)
-        report = Report.of(file_type.name, str(target), planned, choices, job.notes)
+        report = Report.of(file_type.name, str(target), planned, made.tensors, job.notes)
         if plan:
             return report
         gguf.check_target(target, planned.nbytes, overwrite)
         if started is not None:
             started(report)
-        _write(job, planned, target, overwrite, threads, progress, matrix)
+        _write(made.tensors, planned, target, overwrite, threads, progress, matrix)
         return report
     finally:
         job.close()
 
 
-def _write(job: Job, planned: gguf.Plan, target: Path, overwrite: bool, threads: int | None,
+def _write(tensors: list[Output], planned: gguf.Plan, target: Path, overwrite: bool, threads: int | None,
            progress: Callable[[int, int], None] | None, matrix: importance.Imatrix | None) -> None:  # fmt: skip
     from ggufkit_kernels.cpu.team import default_threads
 
@@ -106,7 +110,7 @@ def _write(job: Job, planned: gguf.Plan, target: Path, overwrite: bool, threads:
 
     with gguf.Writer(target, planned, overwrite) as writer:
         known = None if matrix is None else matrix.importance
-        pipeline.write(job.inputs, planned.tensors, writer, threads or default_threads(), progress, known)
+        pipeline.write(tensors, planned.tensors, writer, threads or default_threads(), progress, known)
 
 
 # -- what to convert -------------------------------------------------------------------------------
@@ -178,6 +182,9 @@ def _encodable(name: str) -> TensorType:
 
 def _check_choices(job: Job, choices: dict[str, Choice], no_fallback: bool, allow_requantize: bool) -> None:
     """Raise what the chosen types make impossible; resolve those that stay as they are."""
+    for each in job.inputs:
+        if choices[each.name].type == nf4.NAME:
+            choices[each.name] = nf4.fallback(each, choices[each.name])
     fallen = [name for name, choice in choices.items() if choice.fell_back]
     if no_fallback and fallen:
         first = choices[fallen[0]]
@@ -189,14 +196,16 @@ def _check_choices(job: Job, choices: dict[str, Choice], no_fallback: bool, allo
     for each in job.inputs:
         choice = choices[each.name]
         if not job.is_gguf or each.tensor is None:
-            choice = choices[each.name] = choice if choice.type else Choice("F32", "F32")
+            choice = choices[each.name] = choice if choice.type else _unquantized(each)
+            if each.tensor is not None and each.tensor.type.is_quantized and each.tensor.type.name != choice.type:
+                again.append(each)  # by bitsandbytes: there may be no original
         elif not _decodable(each.tensor.type):
             choice = choices[each.name] = Choice(None, None)
         elif choice.type and each.tensor.type.is_quantized and each.tensor.type.name != choice.type:
             again.append(each)
         if choice.type:
             _encodable(choice.type)
-    if again and not allow_requantize:
+    if again and job.is_gguf and not allow_requantize:
         kinds = ", ".join(sorted({each.tensor.type.name for each in again if each.tensor is not None}))
         raise UnsupportedError(
             f"{job.source}: {len(again)} tensors are quantized already ({kinds}), and quantizing again loses "
@@ -223,21 +232,20 @@ def _check_needed(job: Job, matrix: importance.Imatrix | None, choices: dict[str
     llama-quantize's rules let embedding and output pass, which have no importance as a rule.
     """
     for each in job.inputs:
-        kind = choices[each.name].type
-        if not kind or not blocks.find(kind).needs_importance:
+        kind = blocks.TYPES.get(choices[each.name].type or "")
+        if kind is None or not kind.needs_importance:
             continue
         if matrix is None or matrix.importance(each.name, each.shape) is None:
             raise UnsupportedError(f"tensor {each.name!r}: {kind} needs an importance matrix")
 
 
+def _unquantized(each: Input) -> Choice:
+    """What a checkpoint's tensor gets that no file type applies to; matrices that a file type leaves alone: F16."""
+    wide = each.tensor is None or each.tensor.type.name not in ("F16", "BF16")
+    name = "F32" if wide or not may_quantize(each.name, each.shape) else "F16"
+    return Choice(name, name)
+
+
 def _decodable(kind: TensorType) -> bool:
     """Whether weights can be read from the type; integers and unknown types are carried over as they are."""
     return not isinstance(kind, UnknownType) and (kind.is_quantized or kind.name in (*file_types.PLAIN, "F64"))
-
-
-def _described(each: Input, choice: Choice) -> tuple[Any, ...]:
-    """A row of the plan."""
-    if choice.type is not None:
-        return each.name, choice.type, each.shape
-    assert each.tensor is not None
-    return each.name, each.tensor.type, each.shape, each.tensor.nbytes

@@ -38,7 +38,7 @@ def read(path: Path, name: str | None = None, pre_tokenizer: str | None = None) 
     if not config_path.exists():
         what = "the folder" if path.is_dir() else f"{path.name}, which says nothing about its network,"
         raise GgufkitError(f"{config_path}: no such file; {what} needs one to be converted")
-    settings = header.read_json(config_path)
+    settings = _as_if_unquantized(header.read_json(config_path))
     classes = settings.get("architectures")
     if not isinstance(classes, list) or not classes or not isinstance(classes[0], str):
         raise FormatError(f"{config_path}: 'architectures' does not name a model class")
@@ -58,6 +58,14 @@ def read(path: Path, name: str | None = None, pre_tokenizer: str | None = None) 
         raise
     facts = ModelFacts(module.ARCH, config.n_layers, config.n_heads, config.n_kv_heads)
     return Job(str(path), name, metadata, inputs, facts, checkpoint.close, notes=notes)
+
+
+def _as_if_unquantized(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without bitsandbytes' quantization_config: its matrices are read like any other."""
+    quantization = settings.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "bitsandbytes":
+        return settings
+    return {key: value for key, value in settings.items() if key != "quantization_config"}
 
 
 def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ slabs in flight. Slabs are read with pread: mapped pages would count as the proc
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,7 @@ from ggufkit_formats.tensor import Tensor
 from ggufkit_runtime.models import permuted_rows
 
 from .job import Input
+from .outputs import Output
 
 MEMORY = 320 << 20  # bytes that slabs in flight may take, all together
 PER_WEIGHT = 16  # bytes that a weight takes on its way: as read, as float32 twice, as written
@@ -31,7 +33,7 @@ Importance = Callable[[str, tuple[int, ...]], np.ndarray | None]  # name, shape 
 
 
 def write(
-    inputs: list[Input],
+    outputs: list[Output],
     planned: list[Planned],
     writer: Writer,
     threads: int,
@@ -39,14 +41,14 @@ def write(
     importance: Importance | None = None,
 ) -> None:
     """Write all tensors, in the plan's order. Raises FormatError naming a tensor whose values cannot be written."""
-    total = sum(_nbytes(each) for each in inputs)
+    total = sum(_nbytes(each.input) for each in outputs)
     done = 0
     # with importance a weight takes as much again, for the weights of its errors
     weights = slab_weights(threads) if importance is None else slab_weights(threads) // 2
     waiting: deque[tuple[Planned, int, Future[np.ndarray]]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="convert")
     try:
-        for plan, nbytes, step in _steps(inputs, planned, weights, importance):
+        for plan, nbytes, step in _steps(outputs, planned, weights, importance):
             waiting.append((plan, nbytes, pool.submit(step)))
             while len(waiting) > threads + 1:
                 done = _take(waiting, writer, done, total, progress)
@@ -75,15 +77,21 @@ def _nbytes(each: Input) -> int:
 
 
 def _steps(
-    inputs: list[Input], planned: list[Planned], weights: int, importance: Importance | None
+    outputs: list[Output], planned: list[Planned], weights: int, importance: Importance | None
 ) -> Iterator[tuple[Planned, int, Step]]:
     """(tensor, bytes of the source, what makes its next bytes), in order."""
-    for each, plan in zip(inputs, planned, strict=True):
+    plans = iter(planned)
+    for each in outputs:
+        parts = list(itertools.islice(plans, len(each.rows)))
+        if each.nf4 is not None:
+            for plan, nbytes, step in each.nf4.steps(parts, weights):
+                yield plan, nbytes, _named(each.input, step)
+            continue
         columns = None
-        if importance is not None and len(each.shape) > 1 and plan.type.is_quantized:
-            columns = importance(each.name, each.shape)
-        for nbytes, step in _of(each, plan.type, weights, columns):
-            yield plan, nbytes, _named(each, step)
+        if importance is not None and len(each.input.shape) > 1 and parts[0].type.is_quantized:
+            columns = importance(each.input.name, each.input.shape)
+        for nbytes, step in _of(each.input, parts[0].type, weights, columns):
+            yield parts[0], nbytes, _named(each.input, step)
 
 
 def _of(each: Input, kind: TensorType, weights: int, importance: np.ndarray | None) -> Iterator[tuple[int, Step]]:
@@ -100,7 +108,7 @@ def _of(each: Input, kind: TensorType, weights: int, importance: np.ndarray | No
         step = max(unit, weights // max(1, cols) // unit * unit)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            yield (stop - start) * tensor.row_nbytes, _slab(each, start, stop, kind, importance)
+            yield share(tensor, start, stop), _slab(each, start, stop, kind, importance)
 
 
 def _slab(each: Input, start: int, stop: int, kind: TensorType, importance: np.ndarray | None) -> Step:
@@ -109,11 +117,7 @@ def _slab(each: Input, start: int, stop: int, kind: TensorType, importance: np.n
     assert tensor is not None
 
     def run() -> np.ndarray:
-        x = tensor.type.decode(tensor.read_rows(start, stop))
-        if head_rows and len(tensor.shape) == 1:
-            x = x[:, permuted_rows(x.shape[1], x.shape[1] // head_rows)]
-        elif head_rows:
-            x = x[permuted_rows(stop - start, (stop - start) // head_rows)]
+        x = decoded(tensor, start, stop, head_rows)
         if importance is None:
             return encode(kind, x)
         # a stack of matrices has an importance for each: rows of several stand in a slab
@@ -125,6 +129,21 @@ def _slab(each: Input, start: int, stop: int, kind: TensorType, importance: np.n
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     return run
+
+
+def decoded(tensor: Tensor, start: int, stop: int, head_rows: int) -> np.ndarray:
+    """Rows start…stop in the order of the new file, float32 (stop - start, cols)."""
+    x = tensor.type.decode(tensor.read_rows(start, stop))
+    if head_rows and len(tensor.shape) == 1:
+        return x[:, permuted_rows(x.shape[1], x.shape[1] // head_rows)]
+    if head_rows:
+        return x[permuted_rows(stop - start, (stop - start) // head_rows)]
+    return x
+
+
+def share(tensor: Tensor, start: int, stop: int) -> int:
+    """Bytes of the source that rows start…stop take."""
+    return tensor.nbytes * stop // tensor.rows - tensor.nbytes * start // tensor.rows
 
 
 def encode(kind: TensorType, x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:

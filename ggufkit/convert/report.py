@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import itertools
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ggufkit_formats.gguf import Plan
 
-from ..quantize.rules import Choice
+from .outputs import Output
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +35,14 @@ class Report:
     notes: list[str] = field(default_factory=list)  # what the user should know
 
     @classmethod
-    def of(cls, file_type: str, output: str, plan: Plan, choices: Mapping[str, Choice], notes: list[str]) -> Report:
+    def of(cls, file_type: str, output: str, plan: Plan, outputs: list[Output], notes: list[str]) -> Report:
         entries = []
-        for each in plan.tensors:
-            choice, name = choices[each.name], each.type.name
-            entries.append(Entry(each.name, each.shape[::-1], name, choice.asked or name, choice.reason, each.nbytes))
-        weights = sum(math.prod(each.shape) for each in plan.tensors)
+        stored = iter(plan.tensors)
+        for each in outputs:
+            nbytes = sum(part.nbytes for part in itertools.islice(stored, len(each.rows)))
+            name, shape, choice = each.input.name, each.input.shape[::-1], each.choice
+            entries.append(Entry(name, shape, each.type, choice.asked or each.type, choice.reason, nbytes))
+        weights = sum(each.n_elements for each in outputs)
         nbytes = sum(each.nbytes for each in plan.tensors)
         return cls(file_type, output, plan.nbytes, 8 * nbytes / weights if weights else 0.0, entries, notes)
 

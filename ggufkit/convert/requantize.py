@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ggufkit_formats import gguf
+from ggufkit_formats import gguf, nf4_tensors
 from ggufkit_formats.errors import FormatError
 
 from ..quantize import rules
@@ -21,7 +21,7 @@ def read(path: Path, name: str | None = None, pre_tokenizer: str | None = None) 
     file = gguf.open(path)
     try:
         metadata = file.metadata.copy()
-        for key in (QUANTIZATION_VERSION_KEY, FILE_TYPE):
+        for key in (QUANTIZATION_VERSION_KEY, FILE_TYPE, *nf4_tensors.KEYS):
             metadata.pop(key, None)
         metadata[QUANTIZATION_VERSION_KEY] = np.uint32(QUANTIZATION_VERSION)
         metadata[FILE_TYPE] = np.uint32(0)

@@ -126,11 +126,12 @@ class FileType:
     """A row of the table: names are those of tensor types, in the registry's spelling."""
 
     name: str
-    id: int  # general.file_type
+    id: int  # general.file_type; -1: none, and the key is left out
     type: str  # what a matrix gets where no rule applies
     output: str = "Q6_K"  # what the output matrix, or the embedding in its place, gets
     rules: tuple[Rule, ...] = ()
     shared: bool = True  # whether SHARED and RAISED apply, too
+    nested: bool = False  # whether the maxima of NF4 blocks are quantized again
 
     @property
     def is_quantized(self) -> bool:
@@ -141,6 +142,7 @@ class FileType:
 
 
 PLAIN = ("F32", "F16", "BF16")
+KEPT = "="  # in place of a type: the tensor is left as it is, and not quantized
 
 # Roles are those of rules.ROLES; "*" is any. attn_v stands for attn_qkv and attn_kv_b, too.
 _LOW_ATTENTION: tuple[Rule, ...] = (("attn_v", "Q4_K", gqa), ("attn_v", "Q4_K", many_experts))
@@ -226,6 +228,8 @@ _TABLE = (
     FileType("NVFP4", 39, "NVFP4", "Q8_0", _ENDS_Q8_0, shared=False),
     FileType("Q1_0", 40, "Q1_0"),
     FileType("Q2_0", 41, "Q2_0", rules=(("token_embd", "Q4_K"),)),
+    FileType("NF4", -1, "NF4", KEPT, (("token_embd", KEPT),), shared=False),
+    FileType("NF4_DQ", -1, "NF4", KEPT, (("token_embd", KEPT),), shared=False, nested=True),
 )  # fmt: skip
 
 # After a file type's own rules.
@@ -270,4 +274,4 @@ def find(name: str | FileType) -> FileType:
 
 def by_id(number: int) -> FileType | None:
     """The file type with that `general.file_type`."""
-    return next((t for t in _TABLE if t.id == number), None)
+    return next((t for t in _TABLE if t.id == number and number >= 0), None)

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from ggufkit_formats.blocks import TYPES
 from ggufkit_formats.errors import UnsupportedError, UsageError
 
-from .file_types import FALLBACK, NEEDS_IMATRIX, RAISED, SHARED, Case, FileType, ModelFacts, Rule
+from .file_types import FALLBACK, KEPT, NEEDS_IMATRIX, RAISED, SHARED, Case, FileType, ModelFacts, Rule
 
-# Block lengths of types that the registry has no class for yet.
-_PENDING_BLOCKS = {}
+# Types whose blocks may run across rows.
+ANY_ROWS = ("NF4",)
 
 # Roles by what a tensor's name contains, first match. The output matrix and embeddings go by their whole names.
 ROLES = (
@@ -96,7 +96,7 @@ def layer(name: str) -> int:
 def block_of(type_name: str) -> int:
     """Weights in a block of that type."""
     known = TYPES.get(type_name)
-    return known.block if known is not None else _PENDING_BLOCKS.get(type_name, 1)
+    return known.block if known is not None else 1
 
 
 def choose(
@@ -119,7 +119,9 @@ def choose(
         if not may_quantize(name, shape):
             choices[name] = Choice(None, None)
             continue
-        choice = _fallback(_pick(name, shape, picker, overrides, patterns), name, shape[-1])
+        choice = _pick(name, shape, picker, overrides, patterns)
+        if choice.type is not None:
+            choice = _fallback(choice, name, shape[-1])
         if not model.has_imatrix and needs_imatrix(name, choice.type, file_type):
             raise UnsupportedError(
                 f"tensor {name!r}: {choice.type} needs an importance matrix in {file_type.name}; make one with "
@@ -147,6 +149,8 @@ def _pick(name: str, shape: tuple[int, ...], picker: _Picker, overrides: Overrid
     if overrides.output and kind == "token_embd" and picker.tied:
         return Choice(overrides.output, overrides.output, f"--output-tensor-type {overrides.output}")
     asked = picker.ask(name, shape, kind)
+    if asked == KEPT:
+        return Choice(None, None)
     # the output matrix never falls below 8 bits
     return Choice(asked, asked, instead="Q8_0" if picker.is_output(kind) else "")
 
@@ -169,7 +173,7 @@ class _Picker:
         file_type = self.file_type
         case = Case(self._position(name, kind), self.totals.get(kind, 0), kind, shape, self.model)
         if self.is_output(kind):
-            return "Q8_0" if self.model.arch == "falcon" else file_type.output
+            return "Q8_0" if self.model.arch == "falcon" and file_type.output != KEPT else file_type.output
         type_name = _first(file_type.rules + (SHARED if file_type.shared else ()), case) or file_type.type
         if file_type.shared:
             for of, only, to, condition in RAISED:
@@ -202,7 +206,7 @@ def _fallback(choice: Choice, name: str, cols: int) -> Choice:
     asked = choice.type
     assert asked is not None
     block = block_of(asked)
-    if cols % block == 0:
+    if cols % block == 0 or asked in ANY_ROWS:
         return choice
     used = choice.instead or FALLBACK.get(asked, "")
     if not used and block > 32:

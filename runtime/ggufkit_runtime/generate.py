@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from ggufkit_formats import gguf
 from ggufkit_formats.errors import FormatError, UnsupportedError, UsageError
+from ggufkit_formats.tensor import Tensor
 
 from . import models, tokenizer, weights
 from .sampler import Sampler
@@ -78,6 +79,7 @@ def load(
             file_type=file_type if type(file_type) is int else None,
             n_parameters=sum(t.n_elements for t in file.tensors.values()),
             n_bytes=sum(t.nbytes for t in file.tensors.values()),
+            main_type=_main_type(file.tensors.values()),
         )
     if preparing is not None and preparing.missing:
         preparing.wait()
@@ -86,6 +88,13 @@ def load(
     return Model(
         architecture, config, packed, ops, words, info, n_ctx or config.n_ctx_train, time.perf_counter() - began
     )
+
+
+def _main_type(tensors: Iterable[Tensor]) -> str:
+    weights: dict[str, int] = {}
+    for tensor in tensors:
+        weights[tensor.type.name] = weights.get(tensor.type.name, 0) + tensor.n_elements
+    return max(weights, key=weights.__getitem__, default="")
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,7 @@ class Info:
     file_type: int | None
     n_parameters: int
     n_bytes: int
+    main_type: str  # that most weights have
 
 
 @dataclass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -121,9 +122,10 @@ class TensorType:
         weights = None
         if importance is not None:
             importance = as_importance(importance, x.shape[-1])
-            if self.uses_importance:
-                weights = self.error_weights(x.reshape(-1, x.shape[-1]), importance) if x.size else x
-                weights = weights.reshape(-1, self.block)
+            if self.uses_importance and x.size:
+                weights = self.error_weights(x.reshape(-1, x.shape[-1]), importance).reshape(-1, self.block)
+            elif self.uses_importance:  # no rows; a type that needs importance was given it
+                weights = np.zeros((0, self.block), np.float32)
         out = self.encode_blocks(x.reshape(-1, self.block), weights)
         self.check_scales(out)
         return out.view(np.uint8).reshape(*x.shape[:-1], row_nbytes)
@@ -222,12 +224,16 @@ TYPES: dict[str, TensorType] = {}
 BY_ID: dict[int, TensorType] = {}
 
 
-def register(cls: type[TensorType]) -> type[TensorType]:
+T = TypeVar("T", bound=TensorType)
+
+
+def register(cls: type[T]) -> type[T]:
     """Class decorator: make the one instance and enter it in `TYPES` and `BY_ID`."""
     instance = cls()
     assert instance.name not in TYPES and instance.id not in BY_ID, instance.name
     TYPES[instance.name] = instance
-    BY_ID[instance.id] = instance
+    if instance.id >= 0:  # NF4 has none: it is stored as several tensors
+        BY_ID[instance.id] = instance
     return cls
 
 

@@ -265,7 +265,10 @@ def _pack(tensor: Tensor, team: Team, memory: Arena) -> Packed | None:
 def _source(tensor: Tensor) -> tuple[int, int, int, object]:
     """Address of the bytes in memory, or file and place in it; and what has to live meanwhile."""
     number = getattr(tensor.source, "fileno", None)
-    if number is not None and hasattr(os, "pread"):
+    if number is not None and hasattr(os, "pread") and tensor.in_one_piece:
         return 0, number(), tensor.offset, tensor.source
-    raw = np.ascontiguousarray(tensor.source.view(tensor.offset, tensor.nbytes))
+    if tensor.in_one_piece:
+        raw = np.ascontiguousarray(tensor.source.view(tensor.offset, tensor.nbytes))
+    else:
+        raw = tensor.read_rows(0, tensor.rows)
     return address(raw), -1, 0, raw
