@@ -49,6 +49,12 @@ def refused(source: Path, match: str, type: str = "q4_k", error: Any = ggufkit.G
     assert sorted(out.iterdir()) == before
 
 
+def test_types_that_need_importance(source: Path) -> None:
+    refused(source, "tensor 'blk.0.attn_k.weight': IQ2_XS needs an importance matrix", "iq2_xs")
+    refused(source, "'token_embd.weight': IQ2_XS needs an importance matrix", "q8_0", token_embedding_type="iq2_xs")
+    refused(source, "'blk.0.attn_q.weight': IQ1_S needs an importance matrix", tensor_types=["attn_q=iq1_s"])
+
+
 BF16 = ml_dtypes.bfloat16
 DOWN = "model__layers__0__mlp__down_proj__weight"
 

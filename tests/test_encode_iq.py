@@ -105,6 +105,7 @@ def test_types_that_need_importance_say_so(name: str) -> None:
     for rows in (ROWS["normal"], ROWS["normal"][:0]):
         with pytest.raises(UsageError, match=f"{name} is encoded with importance only: one weight per column"):
             find(name).encode(rows)
+    assert find(name).encode(ROWS["normal"][:0], np.ones(COLS, np.float32)).shape[0] == 0
 
 
 @pytest.mark.parametrize("name", [*GRIDS])

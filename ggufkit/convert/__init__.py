@@ -79,6 +79,7 @@ def convert(
         tensors = [(each.name, each.shape) for each in job.inputs]
         choices = choose(file_type, tensors, replace(job.facts, has_imatrix=matrix is not None), overrides)
         _check_choices(job, choices, no_fallback, allow_requantize)
+        _check_needed(job, matrix, choices)
         made = outputs.of(job, choices, file_type.nested)
         metadata = job.metadata | {FILE_TYPE: np.uint32(max(file_type.id, 0))} | made.metadata
         if file_type.id < 0:
@@ -171,7 +172,8 @@ def _encodable(name: str) -> TensorType:
     weights = (kind.is_quantized or kind.name in file_types.PLAIN) and kind.name not in _ACTIVATIONS
     try:
         if weights:
-            kind.encode(np.zeros((0, kind.block), np.float32))
+            importance = np.ones(kind.block, np.float32) if kind.needs_importance else None
+            kind.encode(np.zeros((0, kind.block), np.float32), importance)
             return kind
     except UnsupportedError:
         pass
@@ -222,6 +224,19 @@ def _check_importance(job: Job, matrix: importance.Imatrix, choices: dict[str, C
     for name, choice in choices.items():
         if needs_imatrix(name, choice.type, file_type) and matrix.importance(name, shapes[name]) is None:
             raise FormatError(f"{matrix.file}: has no importance for {name!r}, which {choice.type} needs")
+
+
+def _check_needed(job: Job, matrix: importance.Imatrix | None, choices: dict[str, Choice]) -> None:
+    """Raise UnsupportedError for a type that is not encoded without importance, where a tensor has none.
+
+    llama-quantize's rules let embedding and output pass, which have no importance as a rule.
+    """
+    for each in job.inputs:
+        kind = blocks.TYPES.get(choices[each.name].type or "")
+        if kind is None or not kind.needs_importance:
+            continue
+        if matrix is None or matrix.importance(each.name, each.shape) is None:
+            raise UnsupportedError(f"tensor {each.name!r}: {kind} needs an importance matrix")
 
 
 def _unquantized(each: Input) -> Choice:
