@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 @click.option("--output-tensor-type", metavar="T", help="Type of output.weight (or of the embedding in its place).")
 @click.option("--token-embedding-type", metavar="T", help="Type of token_embd.weight.")
 @click.option("--pure", is_flag=True, help="No mix: every matrix gets the type's own tensor type.")
+@click.option("--ternary", type=click.Choice(["ggml", "absmean", "search"], case_sensitive=False), default="ggml",
+              help="Scales of ternary types: as ggml takes them (default), the tensor's mean magnitude, or searched.")  # fmt: skip
 @screen.threads_option
 @screen.json_option
 def command(
@@ -45,6 +47,7 @@ def command(
     output_tensor_type: str | None,
     token_embedding_type: str | None,
     pure: bool,
+    ternary: str,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -71,8 +74,8 @@ def command(
         report = convert(
             source, type, output, overwrite=overwrite, plan=plan, no_fallback=no_fallback,
             allow_requantize=allow_requantize, tensor_types=tensor_types, output_tensor_type=output_tensor_type,
-            token_embedding_type=token_embedding_type, pure=pure, pre_tokenizer=pre_tokenizer, threads=threads,
-            progress=progress, started=started,
+            token_embedding_type=token_embedding_type, pure=pure, pre_tokenizer=pre_tokenizer, ternary=ternary,
+            threads=threads, progress=progress, started=started,
         )  # fmt: skip
     seconds = time.monotonic() - began
     if plan:

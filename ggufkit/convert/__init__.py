@@ -20,6 +20,7 @@ from ggufkit_formats.errors import GgufkitError, UnsupportedError, UsageError
 from ..quantize import file_types
 from ..quantize.file_types import FileType
 from ..quantize.rules import Choice, Overrides, choose, order
+from ..quantize.ternary import METHODS
 from .job import FILE_TYPE, Input, Job
 from .report import Entry, Report
 
@@ -40,6 +41,7 @@ def convert(
     token_embedding_type: str | None = None,
     pure: bool = False,
     pre_tokenizer: str | None = None,
+    ternary: str = "ggml",
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     started: Callable[[Report], None] | None = None,
@@ -54,12 +56,16 @@ def convert(
     type's rules, but not `output_tensor_type` and `token_embedding_type`; `pure` switches the rules off. Rows that a
     type's blocks do not divide fall back to another type, or with `no_fallback` raise UnsupportedError. Tensors that
     are quantized already need `allow_requantize`. `pre_tokenizer` names the tokenizer's pre-tokenizer where it is not
-    recognised. `progress` is called with (bytes of the source done, bytes in all), `started` with the report before
+    recognised. `ternary` is how weights that are not ternary become so: as `ggml` does it, with the tensor's mean
+    magnitude as scale (`absmean`, BitNet b1.58), or the best scale of each block (`search`); weights that are ternary
+    already stay what they are. `progress` is called with (bytes of the source done, bytes in all), `started` with the report before
     the first byte.
 
     All that can be checked is checked before the first byte is written; NaN and infinities are found on the way and
     raise FormatError naming the tensor. An exception leaves nothing behind. Memory stays bounded whatever the size.
     """
+    if ternary not in METHODS:
+        raise UsageError(f"--ternary: {ternary!r} is none of {', '.join(METHODS)}")
     file_type = _supported(file_types.find(type))
     overrides = Overrides(
         tuple(_override(each) for each in tensor_types),
@@ -82,20 +88,20 @@ def convert(
         gguf.check_target(target, planned.nbytes, overwrite)
         if started is not None:
             started(report)
-        _write(job, planned, target, overwrite, threads, progress)
+        _write(job, planned, target, overwrite, threads, progress, ternary)
         return report
     finally:
         job.close()
 
 
 def _write(job: Job, planned: gguf.Plan, target: Path, overwrite: bool, threads: int | None,
-           progress: Callable[[int, int], None] | None) -> None:  # fmt: skip
+           progress: Callable[[int, int], None] | None, ternary: str) -> None:  # fmt: skip
     from ggufkit_kernels.cpu.team import default_threads
 
     from . import pipeline
 
     with gguf.Writer(target, planned, overwrite) as writer:
-        pipeline.write(job.inputs, planned.tensors, writer, threads or default_threads(), progress)
+        pipeline.write(job.inputs, planned.tensors, writer, threads or default_threads(), progress, ternary)
 
 
 # -- what to convert -------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 from ggufkit_formats.blocks import TensorType
@@ -17,6 +18,7 @@ from ggufkit_formats.gguf import Planned, Writer
 from ggufkit_formats.tensor import Tensor
 from ggufkit_runtime.models import permuted_rows
 
+from ..quantize import ternary
 from .job import Input
 
 MEMORY = 320 << 20  # bytes that slabs in flight may take, all together
@@ -29,15 +31,19 @@ Progress = Callable[[int, int], None]  # bytes of the source done, bytes in all
 Step = Callable[[], np.ndarray]
 
 
-def write(inputs: list[Input], planned: list[Planned], writer: Writer, threads: int, progress: Progress | None) -> None:
-    """Write all tensors, in the plan's order. Raises FormatError naming a tensor whose values cannot be written."""
+def write(inputs: list[Input], planned: list[Planned], writer: Writer, threads: int, progress: Progress | None,
+          method: str = "ggml") -> None:  # fmt: skip
+    """Write all tensors, in the plan's order. Raises FormatError naming a tensor whose values cannot be written.
+
+    `method` is one of ternary.METHODS, for ternary types.
+    """
     total = sum(_nbytes(each) for each in inputs)
     done = 0
     weights = slab_weights(threads)
     waiting: deque[tuple[Planned, int, Future[np.ndarray]]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="convert")
     try:
-        for plan, nbytes, step in _steps(inputs, planned, weights):
+        for plan, nbytes, step in _steps(inputs, planned, weights, method):
             waiting.append((plan, nbytes, pool.submit(step)))
             while len(waiting) > threads + 1:
                 done = _take(waiting, writer, done, total, progress)
@@ -65,14 +71,15 @@ def _nbytes(each: Input) -> int:
     return each.tensor.nbytes if each.tensor is not None else 4 * each.n_elements
 
 
-def _steps(inputs: list[Input], planned: list[Planned], weights: int) -> Iterator[tuple[Planned, int, Step]]:
+def _steps(inputs: list[Input], planned: list[Planned], weights: int,
+           method: str) -> Iterator[tuple[Planned, int, Step]]:  # fmt: skip
     """(tensor, bytes of the source, what makes its next bytes), in order."""
     for each, plan in zip(inputs, planned, strict=True):
-        for nbytes, step in _of(each, plan.type, weights):
+        for nbytes, step in _of(each, plan.type, weights, method):
             yield plan, nbytes, _named(each, step)
 
 
-def _of(each: Input, kind: TensorType, weights: int) -> Iterator[tuple[int, Step]]:
+def _of(each: Input, kind: TensorType, weights: int, method: str) -> Iterator[tuple[int, Step]]:
     tensor = each.tensor
     if tensor is None:
         values = each.values
@@ -84,13 +91,20 @@ def _of(each: Input, kind: TensorType, weights: int) -> Iterator[tuple[int, Step
         rows, cols = (tensor.rows, tensor.cols) if len(each.shape) > 1 else (1, each.n_elements)
         unit = max(1, each.head_rows) if rows > 1 else 1
         step = max(unit, weights // max(1, cols) // unit * unit)
+        how = ternary.encoder(method, kind, lambda: chunks(tensor, weights)) or partial(encode, kind)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            yield (stop - start) * tensor.row_nbytes, _slab(tensor, start, stop, each.head_rows, kind)
+            yield (stop - start) * tensor.row_nbytes, _slab(tensor, start, stop, each.head_rows, how)
 
 
-def _slab(tensor: Tensor, start: int, stop: int, head_rows: int, kind: TensorType) -> Step:
-    """Rows start…stop of the tensor as bytes of that type. With `head_rows`, slabs are whole heads."""
+def chunks(tensor: Tensor, weights: int) -> Iterator[np.ndarray]:
+    """All of a tensor's rows as float32, about that many weights at a time."""
+    for start, stop in tensor.slabs(4 * weights):
+        yield tensor.type.decode(tensor.read_rows(start, stop))
+
+
+def _slab(tensor: Tensor, start: int, stop: int, head_rows: int, how: Callable[[np.ndarray], np.ndarray]) -> Step:
+    """Rows start…stop of the tensor as `how` encodes them. With `head_rows`, slabs are whole heads."""
 
     def run() -> np.ndarray:
         x = tensor.type.decode(tensor.read_rows(start, stop))
@@ -98,7 +112,7 @@ def _slab(tensor: Tensor, start: int, stop: int, head_rows: int, kind: TensorTyp
             x = x[:, permuted_rows(x.shape[1], x.shape[1] // head_rows)]
         elif head_rows:
             x = x[permuted_rows(stop - start, (stop - start) // head_rows)]
-        return encode(kind, x)
+        return how(x)
 
     return run
 
