@@ -158,6 +158,13 @@ def test_swiglu_and_add(size: int) -> None:
     assert np.array_equal(ops.add(gate.copy(), up), gate + up)
 
 
+@pytest.mark.parametrize("size", [1, 7, 16, 100, 40003])
+def test_relu2(size: int) -> None:
+    gate, up = 20 * normal(1, 1, size), normal(2, 1, size)
+    got = ops.relu2(gate.copy(), up)
+    assert np.array_equal(got, ref.relu2(gate, up)) and np.array_equal(got, np.where(gate > 0, gate * gate, 0) * up)
+
+
 def test_swiglu_at_the_ends() -> None:
     gate = np.array([-np.inf, -200, -88, -1e-30, 0, 1e-30, 88, 200, 3e38], np.float32)
     got = ops.swiglu(gate.copy(), np.ones(9, np.float32))

@@ -106,5 +106,5 @@ def test_what_has_no_scale_is_refused(bad: float) -> None:
     x = weights()
     x[1, 3] = bad
     for encode in (lambda: ternary.search(find("TQ2_0"), x), lambda: ternary.absmean(find("TQ2_0"), x, 7e4)):  # type: ignore[arg-type]
-        with pytest.raises(ggufkit.FormatError, match="NaN or infinite|too large"):
+        with pytest.raises(ggufkit.FormatError, match=r"NaN or infinite|too large"):
             encode()

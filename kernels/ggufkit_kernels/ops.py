@@ -81,6 +81,10 @@ class Ops(Protocol):
         """silu(gate) * up, elementwise; may reuse `gate`."""
         ...
 
+    def relu2(self, gate: Array, up: Array) -> Array:
+        """max(gate, 0)² * up, elementwise; may reuse `gate`."""
+        ...
+
     def add(self, x: Array, y: Array) -> Array:
         """x + y, elementwise; may reuse `x`."""
         ...

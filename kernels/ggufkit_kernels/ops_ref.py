@@ -129,6 +129,10 @@ class RefOps:
         with np.errstate(over="ignore"):
             return gate / (1 + np.exp(-gate)) * up
 
+    def relu2(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        """max(gate, 0)² * up."""
+        return np.square(np.maximum(gate, np.float32(0))) * up
+
     def add(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """x + y."""
         return x + y

@@ -383,6 +383,10 @@ class CpuOps:
         """silu(gate) * up, elementwise, into `gate`."""
         return self._elementwise(elementwise.swiglu.address, gate, up)
 
+    def relu2(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        """max(gate, 0)² * up, elementwise, into `gate`."""
+        return self._elementwise(elementwise.relu2.address, gate, up)
+
     def add(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """x + y, elementwise, into `x`."""
         return self._elementwise(elementwise.add.address, x, y)
