@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option("--token-embedding-type", metavar="T", help="Type of token_embd.weight.")
 @click.option("--pure", is_flag=True, help="No mix: every matrix gets the type's own tensor type.")
 @click.option("--ternary", type=click.Choice(["ggml", "absmean", "search"], case_sensitive=False), default="ggml",
-              help="Scales of ternary types: as ggml's (default), the tensor's mean magnitude, or searched.")  # fmt: skip
+              help="Scales of ternary types: ggml's (default), the tensor's mean magnitude, or searched.")  # fmt: skip
 @screen.threads_option
 @screen.json_option
 def command(

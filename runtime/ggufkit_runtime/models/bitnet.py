@@ -1,7 +1,7 @@
 """BitNet b1.58: norms before the attention's output and before ffn_down, squared ReLU or SiLU, the embedding as output.
 
-The two halves of a head rotate together. GGUF's `bitnet` has no key for the activation, and llama.cpp's graph takes SiLU
-for granted; a network of another one says so under `bitnet.hidden_activation`, a key that other architectures have.
+The two halves of a head rotate together. GGUF's `bitnet` has no key for the activation, and llama.cpp's graph takes
+SiLU for granted; a network of another one says so under `bitnet.hidden_activation`, a key that other architectures have.
 llama.cpp does not read it there: it loads a file with squared ReLU, and computes another network.
 
 Source: arXiv 2402.17764, and 2504.12285 (2B-4T).

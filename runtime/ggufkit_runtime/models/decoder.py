@@ -1,7 +1,7 @@
 """The decoder that Llama and its kin share: rotary grouped-query attention and a gated feed-forward, pre-normed.
 
-What differs between them is a feature of the Config (which pairs rotate together, biases, more norms, the activation), so
-there is one forward. An architecture file names the features, its Hugging Face classes and its tensors.
+What differs between them is a feature of the Config (which pairs rotate together, biases, more norms, the activation),
+so there is one forward. An architecture file names the features, its Hugging Face classes and its tensors.
 """
 
 from __future__ import annotations
