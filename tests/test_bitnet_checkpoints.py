@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from ggufkit_formats import gguf
 from ggufkit_runtime import generate
+from oracles import llama
 
 import ggufkit
 from ggufkit.convert import convert
@@ -19,7 +20,8 @@ BITLINEAR = {"quant_method": "bitnet", "modules_to_not_convert": None}
 AUTO = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
 }  # fmt: skip
 
 
@@ -129,3 +131,38 @@ def test_what_is_unclear_is_refused(said: Any, scale: float, change: Any, messag
     with pytest.raises(ggufkit.GgufkitError, match=message):
         convert(folder, "tq2_0", tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize("type", ["tq1_0", "tq2_0", "q2_0"])
+@pytest.mark.parametrize("arch", ["llama", "bitnet"])
+def test_a_scale_that_float16_does_not_hold_stays_exact(arch: str, type: str, tmp_path: Path) -> None:
+    s = np.float32(1) / np.float32(73)
+    folder, codes = make(tmp_path / "m", arch, BITLINEAR, 73.0, hidden_act="silu")
+    report = convert(folder, type, tmp_path / "out.gguf", ternary="absmean")
+    assert {e.type for e in report.tensors if e.name.endswith(".scale")} == {"F32"}
+    convert(folder, "f32", tmp_path / "wide.gguf")
+    with gguf.open(tmp_path / "out.gguf") as f, gguf.open(tmp_path / "wide.gguf") as wide:
+        for name in codes:
+            scale = f.tensors[name.replace(".weight", ".scale")].dequantize()
+            assert f.tensors[name].type == type.upper() and np.array_equal(scale, [s])
+            whole = wide.tensors[name].dequantize()
+            assert (
+                np.array_equal(f.tensors[name].dequantize() * scale, whole)
+                and name.replace(".weight", ".scale") not in wide.tensors
+            )
+            assert np.array_equal(np.unique(whole), [-s, 0, s])
+        assert sum(name.endswith(".scale") for name in f.tensors) == 7
+    ids = [1, 5, 9, 40, 77, 12]
+    want = generate.load(tmp_path / "out.gguf", device="reference").logits(ids)
+    got = generate.load(tmp_path / "out.gguf", device="cpu").logits(ids)
+    assert np.corrcoef(got.ravel(), want.ravel())[0, 1] > 0.999  # inputs are rounded to 8 bits
+    if llama.available():
+        with llama.Llama(tmp_path / "out.gguf", n_ctx=64, n_threads=1) as oracle:
+            theirs = oracle.logits(ids)
+        assert np.corrcoef(theirs.ravel(), want.ravel())[0, 1] > 0.998
+    # again from the GGUF file: nothing is lost, and the scales go with it
+    convert(tmp_path / "wide.gguf", type, tmp_path / "again.gguf")
+    with gguf.open(tmp_path / "again.gguf") as again, gguf.open(tmp_path / "out.gguf") as f:
+        for name in f.tensors:
+            if name.startswith("blk."):
+                assert np.array_equal(again.tensors[name].raw, f.tensors[name].raw), name

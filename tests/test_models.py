@@ -184,8 +184,8 @@ def test_missing_extra_and_misshapen_tensors(tmp_path):
 
         tensors = dict(file.tensors)
         weights.check(specs, tensors, "x.gguf")
-        with pytest.raises(UnsupportedError, match=r"'blk.0.attn_q.scale' does not belong .*nearest: blk.0.attn_q"):
-            weights.check(specs, {**tensors, "blk.0.attn_q.scale": tensors["output_norm.weight"]}, "x.gguf")
+        with pytest.raises(UnsupportedError, match=r"'blk.0.attn_q.shift' does not belong .*nearest: blk.0.attn_q"):
+            weights.check(specs, {**tensors, "blk.0.attn_q.shift": tensors["output_norm.weight"]}, "x.gguf")
         with pytest.raises(FormatError, match="has shape"):
             weights.check(specs, {**tensors, "output.weight": tensors["blk.0.attn_q.weight"]}, "x.gguf")
         unknown = dataclasses.replace(tensors["output_norm.weight"], type=UnknownType(99))

@@ -2,8 +2,8 @@
 
 ::
 
-    X.weight        uint8 [rows / 4, cols]     byte (r, c):  | row r + 3n : 2 | r + 2n : 2 | r + n : 2 | r : 2 |, column c
-                                               n = rows / 4: four bands of rows, not four neighbours
+    X.weight        uint8 [rows / 4, cols]   byte (r, c):  | row r + 3n : 2 | r + 2n : 2 | r + n : 2 | r : 2 |, column c
+                                             n = rows / 4: four bands of rows, not four neighbours
     X.weight_scale  one number                 w = (code - 1) * s, code 0, 1 or 2; 3 is not used
 
 s is the scale, or 1 / scale: the checkpoint's configuration tells, which is for whoever reads it.

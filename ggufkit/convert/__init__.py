@@ -20,7 +20,7 @@ from ggufkit_formats.errors import GgufkitError, UnsupportedError, UsageError
 from ..quantize import file_types
 from ..quantize.file_types import FileType
 from ..quantize.rules import Choice, Overrides, choose, order
-from ..quantize.ternary import METHODS
+from ..quantize.ternary import METHODS, TYPES
 from .job import FILE_TYPE, Input, Job
 from .report import Entry, Report
 
@@ -79,6 +79,7 @@ def convert(
         tensors = [(each.name, each.shape) for each in job.inputs]
         choices = choose(file_type, tensors, job.facts, overrides)
         _check_choices(job, choices, no_fallback, allow_requantize)
+        _keep_scales(job, choices)
         metadata = job.metadata | {FILE_TYPE: np.uint32(file_type.id)}
         planned = gguf.Plan(metadata, [_described(each, choices[each.name]) for each in job.inputs])
         target = _target(output, job.name, file_type)
@@ -200,6 +201,14 @@ def _check_choices(job: Job, choices: dict[str, Choice], no_fallback: bool, allo
         lossy = any(choices[each.name].type not in file_types.PLAIN for each in again)
         end = "are quantized again: quality suffers" if lossy else "become wider: lost precision does not come back"
         job.notes.append(f"{len(again)} tensors that were quantized already {end}")
+
+
+def _keep_scales(job: Job, choices: dict[str, Choice]) -> None:
+    """Scales that ternary types cannot hold go into tensors of their own; looks at weights, where types are ternary."""
+    if any(choice.type in TYPES for choice in choices.values()):
+        from . import exact
+
+        exact.keep_scales(job, choices)
 
 
 def _decodable(kind: TensorType) -> bool:

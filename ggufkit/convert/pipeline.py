@@ -85,13 +85,16 @@ def _of(each: Input, kind: TensorType, weights: int, method: str) -> Iterator[tu
         values = each.values
         assert values is not None
         yield 4 * each.n_elements, lambda: encode(kind, values.reshape(1, -1))
-    elif kind.id == tensor.type.id and kind.name == tensor.type.name and not each.head_rows:
+    elif kind.id == tensor.type.id and kind.name == tensor.type.name and not each.head_rows and not each.signs:
         yield from _copies(tensor, weights)
     else:
         rows, cols = (tensor.rows, tensor.cols) if len(each.shape) > 1 else (1, each.n_elements)
         unit = max(1, each.head_rows) if rows > 1 else 1
         step = max(unit, weights // max(1, cols) // unit * unit)
-        how = ternary.encoder(method, kind, lambda: chunks(tensor, weights)) or partial(encode, kind)
+        if each.signs:
+            how = lambda x: encode(kind, np.sign(x))  # noqa: E731
+        else:
+            how = ternary.encoder(method, kind, lambda: chunks(tensor, weights)) or partial(encode, kind)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             yield (stop - start) * tensor.row_nbytes, _slab(tensor, start, stop, each.head_rows, how)

@@ -41,8 +41,8 @@ class Ops(Protocol):
         """
         ...
 
-    def weight(self, tensor: Tensor) -> Weight:
-        """Pack a matrix (rows, cols) of any tensor type into the backend's layout; reads it with pread."""
+    def weight(self, tensor: Tensor, scale: float = 1.0) -> Weight:
+        """Pack a matrix (rows, cols) of any tensor type, times `scale`, into the backend's layout; with pread."""
         ...
 
     def vector(self, tensor: Tensor) -> Array:

@@ -64,9 +64,10 @@ class RefOps:
     def prepare(self, types: Any, ends: Any, progress: Any = None) -> None:
         """Nothing: NumPy is ready."""
 
-    def weight(self, tensor: Tensor) -> RefWeight:
-        """The matrix (rows, cols) dequantized to float32."""
-        return RefWeight(np.ascontiguousarray(tensor.dequantize().reshape(tensor.rows, tensor.cols)))
+    def weight(self, tensor: Tensor, scale: float = 1.0) -> RefWeight:
+        """The matrix (rows, cols) dequantized to float32, times `scale`."""
+        values = np.ascontiguousarray(tensor.dequantize().reshape(tensor.rows, tensor.cols))
+        return RefWeight(values if scale == 1.0 else values * np.float32(scale))
 
     def vector(self, tensor: Tensor) -> np.ndarray:
         """A small tensor as float32, flattened."""

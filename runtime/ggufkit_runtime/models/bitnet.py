@@ -1,8 +1,8 @@
 """BitNet b1.58: norms before the attention's output and before ffn_down, squared ReLU or SiLU, the embedding as output.
 
 The two halves of a head rotate together. GGUF's `bitnet` has no key for the activation, and llama.cpp's graph takes
-SiLU for granted; a network of another one says so under `bitnet.hidden_activation`, a key that other architectures have.
-llama.cpp does not read it there: it loads a file with squared ReLU, and computes another network.
+SiLU for granted; a network of another one says so under `bitnet.hidden_activation`, a key that others
+have. llama.cpp does not read it there: it loads a file with squared ReLU, and computes another network.
 
 Source: arXiv 2402.17764, and 2504.12285 (2B-4T).
 """
@@ -22,7 +22,7 @@ __all__ = ["ARCH", "HF_CLASSES", "config_from_hf", "config_from_metadata", "forw
 ARCH = "bitnet"
 HF_CLASSES = ("BitNetForCausalLM", "BitnetForCausalLM")
 
-_FEATURES: dict[str, Any] = {"qkv_bias": False, "other_bias": False, "sub_norms": True}
+_FEATURES: dict[str, Any] = {"qkv_bias": False, "other_bias": False, "sub_norms": True, "scales": True}
 
 # Names of the sub-norms in the first checkpoints (1bitLLM), which have them inside of a projection's module
 _OLD_NAMES = {"self_attn.attn_sub_norm.": "self_attn.inner_attn_ln.", "mlp.ffn_sub_norm.": "mlp.ffn_layernorm."}

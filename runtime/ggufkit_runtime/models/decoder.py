@@ -59,6 +59,7 @@ class Config:
     qk_norm: bool = False  # RMS norm of every head of q and k before rotating (qwen3)
     qkv_bias: bool | None = None  # True: q, k, v have biases; None: they may have
     other_bias: bool | None = None  # likewise the attention's output and the feed-forward
+    scales: bool = False  # matrices may have a number beside them, ….scale, that multiplies them
     sub_norms: bool = False  # RMS norm of what goes into the attention's output and into ffn_down (bitnet)
     activation: str = "silu"  # of the gate: "silu", or "relu2", max(x, 0)²
     notes: tuple[str, ...] = ()  # what convert should tell the user
@@ -224,6 +225,8 @@ def tensors(config: Config) -> list[TensorSpec]:
             specs.append(
                 TensorSpec(f"{gguf}.{name}.weight", (f"{hf}.{theirs}.weight",), (rows, cols), permute_heads=heads)
             )
+            if c.scales:
+                specs.append(TensorSpec(f"{gguf}.{name}.scale", (), (1,), optional=True))
             if bias is not False:
                 specs.append(TensorSpec(f"{gguf}.{name}.bias", (f"{hf}.{theirs}.bias",), (rows,),
                                         optional=bias is None, permute_heads=heads))  # fmt: skip
