@@ -11,7 +11,8 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+           "bitnet": "BitNetForCausalLM"}  # fmt: skip
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards boil black quartz in old jars of glass"
 
 
@@ -91,6 +92,9 @@ def weights(arch: str, dim: int, ffn: int, layers: int, heads: int, kv: int, hea
             out |= {f"{at}self_attn.{p}_proj.bias": norm(n) for p, n in sizes.items()}
         if arch == "qwen3":
             out |= {f"{at}self_attn.{p}_norm.weight": norm(head_dim) for p in "qk"}
+        if arch == "bitnet":
+            out |= {f"{at}self_attn.attn_sub_norm.weight": norm(heads * head_dim)}
+            out |= {f"{at}mlp.ffn_sub_norm.weight": norm(ffn)}
     return out
 
 

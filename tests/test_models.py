@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import tiny_models
+from ggufkit_formats import gguf
 from ggufkit_formats.blocks import UnknownType
 from ggufkit_formats.errors import FormatError, GgufkitError, UnsupportedError
 from ggufkit_runtime import generate, models
@@ -42,6 +43,7 @@ CASES = {
     "qwen2": ("qwen2", {"rope_theta": 1e6}),
     "qwen3": ("qwen3", {"head_dim": 64, "rope_theta": 1e6}),
     "qwen3-head-dim": ("qwen3", {"head_dim": 128, "optional": False}),
+    "bitnet-silu": ("bitnet", {"optional": False}),
 }  # fmt: skip
 
 
@@ -122,7 +124,7 @@ def test_unknown_metadata_and_architecture():
             GgufkitError, match=key.split(".")[-1].replace("dimension_count", "dimensions").replace("type", "longrope")
         ):
             module.config_from_metadata({**good, key: value})
-    with pytest.raises(UnsupportedError, match="llama, qwen2, qwen3"):
+    with pytest.raises(UnsupportedError, match="llama, qwen2, qwen3, bitnet"):
         models.by_arch("mamba")
     with pytest.raises(UnsupportedError, match="did you mean LlamaForCausalLM"):
         models.by_hf_class("LlamaForCausalLMs")
@@ -182,8 +184,8 @@ def test_missing_extra_and_misshapen_tensors(tmp_path):
 
         tensors = dict(file.tensors)
         weights.check(specs, tensors, "x.gguf")
-        with pytest.raises(UnsupportedError, match=r"'blk.0.attn_q.scale' does not belong .*nearest: blk.0.attn_q"):
-            weights.check(specs, {**tensors, "blk.0.attn_q.scale": tensors["output_norm.weight"]}, "x.gguf")
+        with pytest.raises(UnsupportedError, match=r"'blk.0.attn_q.shift' does not belong .*nearest: blk.0.attn_q"):
+            weights.check(specs, {**tensors, "blk.0.attn_q.shift": tensors["output_norm.weight"]}, "x.gguf")
         with pytest.raises(FormatError, match="has shape"):
             weights.check(specs, {**tensors, "output.weight": tensors["blk.0.attn_q.weight"]}, "x.gguf")
         unknown = dataclasses.replace(tensors["output_norm.weight"], type=UnknownType(99))
@@ -209,3 +211,69 @@ def test_rope_frequencies_by_hand():
     assert freqs.tolist() == [1.0, 0.00125]
     # wavelengths 2π and 200π against 128/4 = 32 and 128/1: kept, and stretched by the whole factor
     assert Rope(4, 10000.0, llama3=(8.0, 1.0, 4.0, 128)).llama3_factors().tolist() == [1.0, 8.0]
+
+
+# -- bitnet ------------------------------------------------------------------------------------------
+
+
+def bitnet_forward(w, ids, heads, kv, eps, act):
+    """Logits (n, n_vocab) of a BitNet with the base 10,000, in float64 and plain loops over heads and positions."""
+
+    def norm(x, weight):
+        return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * weight
+
+    def turn(x, position):  # (dim,): dimension i with i + dim / 2
+        half = len(x) // 2
+        angle = position * 10000.0 ** (-np.arange(half) / half)
+        a, b = x[:half], x[half:]
+        return np.concatenate([a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)])
+
+    x = w["token_embd"][ids]
+    dim = x.shape[1] // heads
+    for i in range(2):
+        at = {name.removeprefix(f"blk.{i}."): value for name, value in w.items() if name.startswith(f"blk.{i}.")}
+        h = norm(x, at["attn_norm"])
+        q, k, v = ((h @ at[f"attn_{p}"].T).reshape(len(ids), -1, dim) for p in "qkv")
+        out = np.zeros((len(ids), heads, dim))
+        for p in range(len(ids)):
+            for head in range(heads):
+                theirs = head // (heads // kv)
+                score = [turn(q[p, head], p) @ turn(k[o, theirs], o) / dim**0.5 for o in range(p + 1)]
+                share = np.exp(score - np.max(score))
+                out[p, head] = share @ v[: p + 1, theirs] / share.sum()
+        x = x + norm(out.reshape(len(ids), -1), at["attn_sub_norm"]) @ at["attn_output"].T
+        h = norm(x, at["ffn_norm"])
+        x = x + norm(act(h @ at["ffn_gate"].T) * (h @ at["ffn_up"].T), at["ffn_sub_norm"]) @ at["ffn_down"].T
+    return norm(x, w["output_norm"]) @ w["token_embd"].T
+
+
+@pytest.mark.parametrize("device", ["reference", "cpu"])
+@pytest.mark.parametrize("act", ["relu2", "silu"])
+def test_bitnet_is_the_plain_network(act, device, tmp_path):
+    path = tiny_models.write(tmp_path / "tiny.gguf", "bitnet", hidden_act=act, optional=False)
+    with gguf.open(path) as f:
+        w = {name.removesuffix(".weight"): t.dequantize().astype(np.float64) for name, t in f.tensors.items()}
+        assert f.metadata.get("bitnet.hidden_activation") == (None if act == "silu" else "relu2")
+    ids = np.random.default_rng(1).integers(3, 320, 24).tolist()
+    activation = (lambda x: np.maximum(x, 0) ** 2) if act == "relu2" else (lambda x: x / (1 + np.exp(-x)))
+    want = bitnet_forward(w, ids, 4, 2, 1e-5, activation)
+    network = generate.load(path, device=device)
+    got = network.logits(ids)
+    assert np.abs(got - want).max() < (1e-3 if device == "reference" else 0.01) * want.std()
+    assert "output.weight" not in w
+    if act == "relu2":
+        assert any("llama.cpp" in note for note in models.by_arch("bitnet").config_from_hf(
+            {**tiny_models.HF, "hidden_act": act}).notes)  # fmt: skip
+
+
+def test_ternary_bitnet_decodes_as_it_reads(tmp_path):
+    """One token at a time, the recorded way, gives the logits of the whole text."""
+    path = tiny_models.write(tmp_path / "tiny.gguf", "bitnet", "TQ2_0", hidden_act="relu2", optional=False)
+    ids = np.random.default_rng(2).integers(3, 320, 12)
+    network = generate.load(path, device="cpu")
+    want = network.logits(ids.tolist())
+    reference = generate.load(path, device="reference").logits(ids.tolist())
+    assert np.corrcoef(want.ravel(), reference.ravel())[0, 1] > 0.999
+    cache = network.cache()
+    got = [network.forward(ids[k : k + 1], cache) for k in range(len(ids))]
+    assert np.allclose(np.concatenate(got), want, rtol=0, atol=0.02 * want.std())

@@ -158,6 +158,13 @@ def test_swiglu_and_add(size: int) -> None:
     assert np.array_equal(ops.add(gate.copy(), up), gate + up)
 
 
+@pytest.mark.parametrize("size", [1, 7, 16, 100, 40003])
+def test_relu2(size: int) -> None:
+    gate, up = 20 * normal(1, 1, size), normal(2, 1, size)
+    got = ops.relu2(gate.copy(), up)
+    assert np.array_equal(got, ref.relu2(gate, up)) and np.array_equal(got, np.where(gate > 0, gate * gate, 0) * up)
+
+
 def test_swiglu_at_the_ends() -> None:
     gate = np.array([-np.inf, -200, -88, -1e-30, 0, 1e-30, 88, 200, 3e38], np.float32)
     got = ops.swiglu(gate.copy(), np.ones(9, np.float32))
@@ -340,3 +347,17 @@ def test_vector_and_default_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ggufkit_kernels.cpu.team._cgroup_quota", lambda: 0.5)
     assert default_threads() == 1
     assert cpu_ops.default_threads is default_threads
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_matrix_times_a_number(name: str) -> None:
+    t, factor = TYPES[name], 0.3
+    tensor = random_blocks(t, 35, max(t.block, 64), np.random.default_rng(3))
+    mine, theirs = ops.weight(tensor, factor), ref.weight(tensor, factor)
+    assert np.array_equal(theirs.values, ref.weight(tensor).values * np.float32(factor))
+    exact = theirs.values
+    got = ops.embed(mine, np.arange(35))
+    assert np.allclose(got, exact, rtol=1e-6, atol=1e-6 * np.abs(exact[np.isfinite(exact)]).max(initial=0))
+    x = normal(5, 3, exact.shape[1])
+    want = rounded_inputs(x) @ exact.T.astype(np.float64) if mine.packed.layout.is_plain is False else x @ exact.T
+    assert np.allclose(ops.matmul(mine, x), want, rtol=1e-4, atol=2e-3 * np.abs(want).max())

@@ -45,12 +45,16 @@ def write(
     config = architecture.config_from_hf({**HF, **settings})
     random = np.random.default_rng(seed)
     values, plan = {}, []
-    for spec in architecture.tensors(config):
+    specs = architecture.tensors(config)
+    names = {spec.gguf for spec in specs}
+    for spec in specs:
+        if "ffn" in spec.gguf and spec.gguf.replace(".scale", ".bias") in names - {spec.gguf}:
+            continue  # llama.cpp multiplies the bias, too
         if (spec.optional and not optional) or (spec.gguf == "rope_freqs.weight" and spec.values is None):
             continue
         if spec.values is not None:
             value = spec.values
-        elif spec.gguf.endswith("norm.weight"):
+        elif spec.gguf.endswith(("norm.weight", ".scale")):
             value = 1 + 0.2 * random.standard_normal(spec.shape)
         elif spec.is_matrix:
             value = random.standard_normal(spec.shape) * (

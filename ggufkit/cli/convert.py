@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 @click.option("--token-embedding-type", metavar="T", help="Type of token_embd.weight.")
 @click.option("--pure", is_flag=True, help="No mix: every matrix gets the type's own tensor type.")
 @click.option("--imatrix", metavar="FILE", help="An importance matrix, from `ggufkit imatrix` or llama-imatrix.")
+@click.option("--ternary", type=click.Choice(["ggml", "absmean", "search"], case_sensitive=False), default="ggml",
+              help="Scales of ternary types: ggml's (default), the tensor's mean magnitude, or searched.")  # fmt: skip
 @screen.threads_option
 @screen.json_option
 def command(
@@ -47,6 +49,7 @@ def command(
     token_embedding_type: str | None,
     pure: bool,
     imatrix: str | None,
+    ternary: str,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -74,6 +77,7 @@ def command(
             source, type, output, overwrite=overwrite, plan=plan, no_fallback=no_fallback,
             allow_requantize=allow_requantize, tensor_types=tensor_types, output_tensor_type=output_tensor_type,
             token_embedding_type=token_embedding_type, pure=pure, pre_tokenizer=pre_tokenizer, imatrix=imatrix,
+            ternary=ternary,
             threads=threads, progress=progress, started=started,
         )  # fmt: skip
     seconds = time.monotonic() - began

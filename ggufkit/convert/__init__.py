@@ -21,6 +21,7 @@ from ..quantize import file_types
 from ..quantize import imatrix as importance
 from ..quantize.file_types import FileType
 from ..quantize.rules import Choice, Overrides, choose, may_quantize, needs_imatrix, order
+from ..quantize.ternary import METHODS, TYPES
 from . import nf4, outputs
 from .job import FILE_TYPE, Input, Job
 from .outputs import Output
@@ -44,6 +45,7 @@ def convert(
     pure: bool = False,
     pre_tokenizer: str | None = None,
     imatrix: str | os.PathLike[str] | None = None,
+    ternary: str = "ggml",
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     started: Callable[[Report], None] | None = None,
@@ -59,12 +61,16 @@ def convert(
     type's blocks do not divide fall back to another type, or with `no_fallback` raise UnsupportedError. Tensors that
     are quantized already need `allow_requantize`. `pre_tokenizer` names the tokenizer's pre-tokenizer where it is not
     recognised. `imatrix` is an importance matrix, from `ggufkit imatrix` or llama-imatrix (in either form): errors in
-    columns that matter more count more. Some file types need one. `progress` is called with (bytes of the source done,
-    bytes in all), `started` with the report before the first byte.
+    columns that matter more count more. Some file types need one. `ternary` is how weights that are not ternary become
+    so: as `ggml` does it, with the tensor's mean magnitude as scale (`absmean`, BitNet b1.58), or the best scale of each
+    block (`search`); weights that are ternary already stay what they are. `progress` is called with (bytes of the source
+    done, bytes in all), `started` with the report before the first byte.
 
     All that can be checked is checked before the first byte is written; NaN and infinities are found on the way and
     raise FormatError naming the tensor. An exception leaves nothing behind. Memory stays bounded whatever the size.
     """
+    if ternary not in METHODS:
+        raise UsageError(f"--ternary: {ternary!r} is none of {', '.join(METHODS)}")
     file_type = _supported(file_types.find(type))
     overrides = Overrides(
         tuple(_override(each) for each in tensor_types),
@@ -80,6 +86,7 @@ def convert(
         choices = choose(file_type, tensors, replace(job.facts, has_imatrix=matrix is not None), overrides)
         _check_choices(job, choices, no_fallback, allow_requantize)
         _check_needed(job, matrix, choices)
+        _keep_scales(job, choices)
         made = outputs.of(job, choices, file_type.nested)
         metadata = job.metadata | {FILE_TYPE: np.uint32(max(file_type.id, 0))} | made.metadata
         if file_type.id < 0:
@@ -96,21 +103,22 @@ def convert(
         gguf.check_target(target, planned.nbytes, overwrite)
         if started is not None:
             started(report)
-        _write(made.tensors, planned, target, overwrite, threads, progress, matrix)
+        _write(made.tensors, planned, target, overwrite, threads, progress, matrix, ternary)
         return report
     finally:
         job.close()
 
 
 def _write(tensors: list[Output], planned: gguf.Plan, target: Path, overwrite: bool, threads: int | None,
-           progress: Callable[[int, int], None] | None, matrix: importance.Imatrix | None) -> None:  # fmt: skip
+           progress: Callable[[int, int], None] | None, matrix: importance.Imatrix | None,
+           ternary: str) -> None:  # fmt: skip
     from ggufkit_kernels.cpu.team import default_threads
 
     from . import pipeline
 
     with gguf.Writer(target, planned, overwrite) as writer:
         known = None if matrix is None else matrix.importance
-        pipeline.write(tensors, planned.tensors, writer, threads or default_threads(), progress, known)
+        pipeline.write(tensors, planned.tensors, writer, threads or default_threads(), progress, known, ternary)
 
 
 # -- what to convert -------------------------------------------------------------------------------
@@ -244,6 +252,14 @@ def _unquantized(each: Input) -> Choice:
     wide = each.tensor is None or each.tensor.type.name not in ("F16", "BF16")
     name = "F32" if wide or not may_quantize(each.name, each.shape) else "F16"
     return Choice(name, name)
+
+
+def _keep_scales(job: Job, choices: dict[str, Choice]) -> None:
+    """Scales that ternary types cannot hold go into tensors of their own; looks at weights, where types are ternary."""
+    if any(choice.type in TYPES for choice in choices.values()):
+        from . import exact
+
+        exact.keep_scales(job, choices)
 
 
 def _decodable(kind: TensorType) -> bool:

@@ -15,7 +15,7 @@ from ggufkit_formats.errors import FormatError, GgufkitError, UnsupportedError
 from ggufkit_formats.tensor import Tensor
 
 from ..quantize.file_types import QUANTIZATION_VERSION, ModelFacts
-from . import header
+from . import bitnet, header
 from .job import FILE_TYPE, QUANTIZATION_VERSION_KEY, Input, Job
 
 # Tensors that some checkpoints carry and no converter needs: they follow from the settings.
@@ -43,12 +43,23 @@ def read(path: Path, name: str | None = None, pre_tokenizer: str | None = None) 
     if not isinstance(classes, list) or not classes or not isinstance(classes[0], str):
         raise FormatError(f"{config_path}: 'architectures' does not name a model class")
     module = by_hf_class(classes[0])
-    config = module.config_from_hf(_with_defaults(settings))
+    packed = bitnet.is_packed(settings)  # then its quantization_config is understood, and refused for nobody
+    asked = {key: value for key, value in settings.items() if not (packed and key == bitnet.CONFIG)}
+    config = module.config_from_hf(_with_defaults(asked))
     notes = [f"config.json: {note}" for note in config.notes]
     name = name or _name(path)
     checkpoint = safetensors.open(path)
     try:
-        inputs = match(module.tensors(config), checkpoint.tensors, str(path), settings)
+        tensors = checkpoint.tensors
+        if packed:
+            tensors = bitnet.unpacked(tensors, settings, str(path))
+        inputs = match(module.tensors(config), tensors, str(path), settings)
+        if module.ARCH == "bitnet" or (packed and bitnet.is_online(settings)):
+            inputs, count = bitnet.rounded(inputs)
+            if count:
+                notes.append(
+                    f"{count} matrices are rounded to three levels by their mean magnitude, as the network does"
+                )
         n_parameters = sum(each.n_elements for each in inputs)
         metadata = header.general(folder, name, module.ARCH, settings, n_parameters, notes)
         metadata |= _settings(module, config)

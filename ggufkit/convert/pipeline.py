@@ -10,6 +10,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 from ggufkit_formats.blocks import TensorType
@@ -18,6 +19,7 @@ from ggufkit_formats.gguf import Planned, Writer
 from ggufkit_formats.tensor import Tensor
 from ggufkit_runtime.models import permuted_rows
 
+from ..quantize import ternary
 from .job import Input
 from .outputs import Output
 
@@ -39,8 +41,12 @@ def write(
     threads: int,
     progress: Progress | None,
     importance: Importance | None = None,
+    method: str = "ggml",
 ) -> None:
-    """Write all tensors, in the plan's order. Raises FormatError naming a tensor whose values cannot be written."""
+    """Write all tensors, in the plan's order. Raises FormatError naming a tensor whose values cannot be written.
+
+    `method` is one of ternary.METHODS, for ternary types.
+    """
     total = sum(_nbytes(each.input) for each in outputs)
     done = 0
     # with importance a weight takes as much again, for the weights of its errors
@@ -48,7 +54,7 @@ def write(
     waiting: deque[tuple[Planned, int, Future[np.ndarray]]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="convert")
     try:
-        for plan, nbytes, step in _steps(outputs, planned, weights, importance):
+        for plan, nbytes, step in _steps(outputs, planned, weights, importance, method):
             waiting.append((plan, nbytes, pool.submit(step)))
             while len(waiting) > threads + 1:
                 done = _take(waiting, writer, done, total, progress)
@@ -77,7 +83,7 @@ def _nbytes(each: Input) -> int:
 
 
 def _steps(
-    outputs: list[Output], planned: list[Planned], weights: int, importance: Importance | None
+    outputs: list[Output], planned: list[Planned], weights: int, importance: Importance | None, method: str
 ) -> Iterator[tuple[Planned, int, Step]]:
     """(tensor, bytes of the source, what makes its next bytes), in order."""
     plans = iter(planned)
@@ -88,42 +94,54 @@ def _steps(
                 yield plan, nbytes, _named(each.input, step)
             continue
         columns = None
-        if importance is not None and len(each.input.shape) > 1 and parts[0].type.is_quantized:
+        if importance is not None and len(each.input.shape) > 1 and parts[0].type.uses_importance:
             columns = importance(each.input.name, each.input.shape)
-        for nbytes, step in _of(each.input, parts[0].type, weights, columns):
+        for nbytes, step in _of(each.input, parts[0].type, weights, columns, method):
             yield parts[0], nbytes, _named(each.input, step)
 
 
-def _of(each: Input, kind: TensorType, weights: int, importance: np.ndarray | None) -> Iterator[tuple[int, Step]]:
+def _of(
+    each: Input, kind: TensorType, weights: int, importance: np.ndarray | None, method: str
+) -> Iterator[tuple[int, Step]]:
     tensor = each.tensor
     if tensor is None:
         values = each.values
         assert values is not None
         yield 4 * each.n_elements, lambda: encode(kind, values.reshape(1, -1))
-    elif kind.id == tensor.type.id and kind.name == tensor.type.name and not each.head_rows:
+    elif kind.id == tensor.type.id and kind.name == tensor.type.name and not each.head_rows and not each.signs:
         yield from _copies(tensor, weights)
     else:
         rows, cols = (tensor.rows, tensor.cols) if len(each.shape) > 1 else (1, each.n_elements)
         unit = max(1, each.head_rows) if rows > 1 else 1
         step = max(unit, weights // max(1, cols) // unit * unit)
+        if each.signs:
+            how = lambda x: encode(kind, np.sign(x))  # noqa: E731
+        else:
+            how = ternary.encoder(method, kind, lambda: chunks(tensor, weights)) or partial(encode, kind)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            yield share(tensor, start, stop), _slab(each, start, stop, kind, importance)
+            yield share(tensor, start, stop), _slab(each, start, stop, how, importance)
 
 
-def _slab(each: Input, start: int, stop: int, kind: TensorType, importance: np.ndarray | None) -> Step:
-    """Rows start…stop of the tensor as bytes of that type. With `head_rows`, slabs are whole heads."""
+def chunks(tensor: Tensor, weights: int) -> Iterator[np.ndarray]:
+    """All of a tensor's rows as float32, about that many weights at a time."""
+    for start, stop in tensor.slabs(4 * weights):
+        yield tensor.type.decode(tensor.read_rows(start, stop))
+
+
+def _slab(each: Input, start: int, stop: int, how: Callable[..., np.ndarray], importance: np.ndarray | None) -> Step:
+    """Rows start…stop of the tensor as `how` encodes them. With `head_rows`, slabs are whole heads."""
     tensor, head_rows = each.tensor, each.head_rows
     assert tensor is not None
 
     def run() -> np.ndarray:
         x = decoded(tensor, start, stop, head_rows)
         if importance is None:
-            return encode(kind, x)
+            return how(x)
         # a stack of matrices has an importance for each: rows of several stand in a slab
         rows = each.shape[-2]
         parts = [
-            encode(kind, x[max(i * rows - start, 0) : (i + 1) * rows - start], importance[i])
+            how(x[max(i * rows - start, 0) : (i + 1) * rows - start], importance[i])
             for i in range(start // rows, -(-stop // rows))
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -41,8 +41,8 @@ class Ops(Protocol):
         """
         ...
 
-    def weight(self, tensor: Tensor) -> Weight:
-        """Pack a matrix (rows, cols) of any tensor type into the backend's layout; reads it with pread."""
+    def weight(self, tensor: Tensor, scale: float = 1.0) -> Weight:
+        """Pack a matrix (rows, cols) of any tensor type, times `scale`, into the backend's layout; with pread."""
         ...
 
     def vector(self, tensor: Tensor) -> Array:
@@ -79,6 +79,10 @@ class Ops(Protocol):
 
     def swiglu(self, gate: Array, up: Array) -> Array:
         """silu(gate) * up, elementwise; may reuse `gate`."""
+        ...
+
+    def relu2(self, gate: Array, up: Array) -> Array:
+        """max(gate, 0)² * up, elementwise; may reuse `gate`."""
         ...
 
     def add(self, x: Array, y: Array) -> Array:

@@ -64,9 +64,10 @@ class RefOps:
     def prepare(self, types: Any, ends: Any, progress: Any = None) -> None:
         """Nothing: NumPy is ready."""
 
-    def weight(self, tensor: Tensor) -> RefWeight:
-        """The matrix (rows, cols) dequantized to float32."""
-        return RefWeight(np.ascontiguousarray(tensor.dequantize().reshape(tensor.rows, tensor.cols)))
+    def weight(self, tensor: Tensor, scale: float = 1.0) -> RefWeight:
+        """The matrix (rows, cols) dequantized to float32, times `scale`."""
+        values = np.ascontiguousarray(tensor.dequantize().reshape(tensor.rows, tensor.cols))
+        return RefWeight(values if scale == 1.0 else values * np.float32(scale))
 
     def vector(self, tensor: Tensor) -> np.ndarray:
         """A small tensor as float32, flattened."""
@@ -128,6 +129,10 @@ class RefOps:
         """silu(gate) * up."""
         with np.errstate(over="ignore"):
             return gate / (1 + np.exp(-gate)) * up
+
+    def relu2(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        """max(gate, 0)² * up."""
+        return np.square(np.maximum(gate, np.float32(0))) * up
 
     def add(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """x + y."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from ggufkit_formats import gguf
+from ggufkit_formats.blocks import ScaledType
 from ggufkit_formats.errors import FormatError, UnsupportedError, UsageError
 from ggufkit_formats.tensor import Tensor
 
@@ -66,7 +67,11 @@ def load(
             raise UsageError(f"a context of {n_ctx} tokens is too small")
         weights.check(architecture.tensors(config), file.tensors, name)
         ops = backend(device, threads)
+        scaled: dict[Any, ScaledType] = {}
         matrices = {name: t.type for name, t in file.tensors.items() if len(t.shape) == 2}
+        for each, kind in matrices.items():
+            if weights.scale_name(each) in file.tensors:  # then its scales are float32
+                matrices[each] = scaled.setdefault(kind, ScaledType(kind, 1.0))
         ends = [type for name, type in matrices.items() if not name.startswith("blk.")]
         preparing = ops.prepare([matrices[name] for name in matrices if name.startswith("blk.")], ends, kernels)
         words = tokenizer.from_metadata(file.metadata, pre=pre)

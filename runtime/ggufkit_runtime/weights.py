@@ -72,7 +72,10 @@ def load(
         if tensor is None:
             setattr(place, attribute, None)
             continue
-        setattr(place, attribute, ops.weight(tensor) if spec.is_matrix else ops.vector(tensor))
+        if spec.is_matrix:
+            setattr(place, attribute, ops.weight(tensor, scale_of(tensors, spec.gguf, file)))
+        elif not attribute.endswith("_scale"):  # which is in its matrix
+            setattr(place, attribute, ops.vector(tensor))
         done += tensor.nbytes
         if progress is not None:
             progress(done, total)
@@ -83,6 +86,22 @@ def load(
     else:
         weights.nbytes_per_token -= tensors["token_embd.weight"].nbytes
     return weights
+
+
+def scale_of(tensors: Mapping[str, Tensor], name: str, file: str) -> float:
+    """What the file multiplies a matrix with: the number in the tensor `….scale` beside it, or 1."""
+    tensor = tensors.get(scale_name(name))
+    if tensor is None:
+        return 1.0
+    value = float(tensor.dequantize().reshape(-1)[0])
+    if not np.isfinite(value):
+        raise FormatError(f"{file}: tensor {quote(tensor.name)} is {value}, which is no scale")
+    return value
+
+
+def scale_name(name: str) -> str:
+    """blk.0.attn_q.weight -> blk.0.attn_q.scale"""
+    return f"{name.removesuffix('.weight')}.scale"
 
 
 def _rope_factors(tensors: Mapping[str, Tensor], file: str) -> np.ndarray | None:

@@ -7,7 +7,7 @@ project knows how many bytes a block takes.
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -207,6 +207,25 @@ def as_importance(importance: np.ndarray, cols: int) -> np.ndarray:
     if not (np.isfinite(importance) & (importance >= 0)).all():
         raise UsageError("importance holds NaN, infinity or negative numbers")
     return importance
+
+
+class ScaledType(TensorType):
+    """A type whose weights are all multiplied with a factor that the file holds beside the tensor."""
+
+    def __init__(self, kind: TensorType, factor: float):
+        self.name, self.id = f"{kind.name} scaled", kind.id
+        self.block, self.fields = kind.block, kind.fields
+        self.kind, self.factor = kind, np.float32(factor)
+
+    def quants(self, blocks: np.ndarray) -> Quants | None:
+        quants = self.kind.quants(blocks)
+        if quants is None:
+            return None
+        dmin = None if quants.dmin is None else quants.dmin * self.factor
+        return replace(quants, d=quants.d * self.factor, dmin=dmin, d_code=None, d_format="", wide=True)
+
+    def decode_blocks(self, blocks: np.ndarray) -> np.ndarray:
+        return super().decode_blocks(blocks) if self.is_quantized else self.kind.decode_blocks(blocks) * self.factor
 
 
 class UnknownType(TensorType):

@@ -64,7 +64,22 @@ class TernaryType(TensorType):
 
     def fill(self, out: np.ndarray, x: np.ndarray) -> None:
         """Write all fields of the blocks `out` (n,) for the weights x (n, block)."""
+        out["d"], q, _ = signs(x)
+        self.put(out, (q + np.int8(1)).view(np.uint8))
+
+    def put(self, out: np.ndarray, codes: np.ndarray) -> None:
+        """Write the codes (n, block), uint8, into the blocks `out` (n,); d stays as it is."""
         raise NotImplementedError
+
+    def assemble(self, d: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """Scales d (n,) and codes (n, block), uint8, each for d * (code - 1) -> uint8 (n, bytes of a block).
+
+        Codes are 0, 1 and 2, of Q2_0 3, too. Where another way than ggml's has chosen the scales.
+        """
+        out = np.zeros(len(codes), self.fields)
+        out["d"] = d
+        self.put(out, codes)
+        return out.view(np.uint8).reshape(len(codes), self.block_nbytes)
 
 
 @register
@@ -89,13 +104,11 @@ class TQ1_0(TernaryType):
         codes = np.concatenate([byte_trits(qs[:, :32], 5), byte_trits(qs[:, 32:], 5), byte_trits(qh, 4)], axis=1)
         return Quants(codes, 2, 1, 256, blocks["d"].astype(F32))
 
-    def fill(self, out: np.ndarray, x: np.ndarray) -> None:
-        out["d"], q, _ = signs(x)
-        trits = (q + np.int8(1)).view(np.uint8)
-        last = np.zeros((len(x), 5, 4), np.uint8)
-        last[:, :4] = trits[:, 240:].reshape(-1, 4, 4)
-        out["qs"][:, :32] = trit_bytes(trits[:, :160].reshape(-1, 5, 32))
-        out["qs"][:, 32:] = trit_bytes(trits[:, 160:240].reshape(-1, 5, 16))
+    def put(self, out: np.ndarray, codes: np.ndarray) -> None:
+        last = np.zeros((len(codes), 5, 4), np.uint8)
+        last[:, :4] = codes[:, 240:].reshape(-1, 4, 4)
+        out["qs"][:, :32] = trit_bytes(codes[:, :160].reshape(-1, 5, 32))
+        out["qs"][:, 32:] = trit_bytes(codes[:, 160:240].reshape(-1, 5, 16))
         out["qh"] = trit_bytes(last)
 
 
@@ -115,9 +128,8 @@ class TQ2_0(TernaryType):
     def quants(self, blocks: np.ndarray) -> Quants:
         return Quants(bits(blocks["qs"], 2, (0, 2, 4, 6), 3), 2, 1, 256, blocks["d"].astype(F32))
 
-    def fill(self, out: np.ndarray, x: np.ndarray) -> None:
-        out["d"], q, _ = signs(x)
-        out["qs"] = pack_bits((q + np.int8(1)).view(np.uint8), 2, (0, 2, 4, 6))
+    def put(self, out: np.ndarray, codes: np.ndarray) -> None:
+        out["qs"] = pack_bits(codes, 2, (0, 2, 4, 6))
 
 
 @register
@@ -164,5 +176,7 @@ class Q2_0(TernaryType):
     def fill(self, out: np.ndarray, x: np.ndarray) -> None:
         out["d"], q, finite = signs(x)
         # An infinite product is cast to the least int32 here, and the lowest code; in TQ1_0 and TQ2_0 to int64, and 0.
-        codes = np.where(finite[:, None], q + np.int8(1), np.int8(0)).view(np.uint8).reshape(-1, 16, 4)
-        out["qs"] = np.bitwise_or.reduce(codes << np.array([0, 2, 4, 6], np.uint8), axis=2)
+        self.put(out, np.where(finite[:, None], q + np.int8(1), np.int8(0)).view(np.uint8))
+
+    def put(self, out: np.ndarray, codes: np.ndarray) -> None:
+        out["qs"] = np.bitwise_or.reduce(codes.reshape(-1, 16, 4) << np.array([0, 2, 4, 6], np.uint8), axis=2)

@@ -1,4 +1,4 @@
-"""Kernels that touch each value once: rmsnorm, rope, swiglu, add, embed. An item is some rows, or some values.
+"""Kernels that touch each value once: rmsnorm, rope, swiglu, relu2, add, embed. An item is some rows, or some values.
 
 `begin` and `end` are what a recorded token (tape.py) begins and ends with: what Python would write and copy.
 
@@ -24,6 +24,7 @@ from .simd import (
     get_number,
     get_u8,
     load_f32,
+    max_f32,
     mul_f32,
     neg_f32,
     put_f32,
@@ -131,6 +132,22 @@ def swiglu(args, item, worker):
     for i in range(4 * whole, 4 * last, 4):
         v = splat_f32(get_f32(x + i))
         put_f32(out + i, first_f32(div_f32(v, add_f32(one, exp_f32(neg_f32(v))))) * get_f32(y + i))
+
+
+@lazy
+def relu2(args, item, worker):
+    """out = max(x, 0)² * y. Words as in `swiglu`."""
+    first = item * get_i64(args + 32)
+    last = min(first + get_i64(args + 32), get_i64(args + 24))
+    x, y, out = get_i64(args), get_i64(args + 8), get_i64(args + 16)
+    zero = splat_f32(0.0)
+    whole = first + (last - first) // LANES * LANES
+    for i in range(4 * first, 4 * whole, 4 * LANES):
+        v = max_f32(load_f32(x + i), zero)
+        store_f32(out + i, mul_f32(mul_f32(v, v), load_f32(y + i)))
+    for i in range(4 * whole, 4 * last, 4):
+        s = max(get_f32(x + i), np.float32(0.0))
+        put_f32(out + i, s * s * get_f32(y + i))
 
 
 @lazy

@@ -212,9 +212,9 @@ class CpuOps:
         """Begin to make ready the kernels that a network with matrices of these types needs; see `Ops.prepare`."""
         return prepare.prepare(prepare.of_network(types, ends), progress)
 
-    def weight(self, tensor: Tensor) -> CpuWeight:
-        """Pack a matrix (rows, cols) of any tensor type, read with pread by a few rows at a time."""
-        return CpuWeight(pack_fast.pack(tensor, self.team, self.memory))
+    def weight(self, tensor: Tensor, scale: float = 1.0) -> CpuWeight:
+        """Pack a matrix (rows, cols) of any tensor type, times `scale`, read with pread by a few rows at a time."""
+        return CpuWeight(pack_fast.pack(tensor, self.team, self.memory, scale))
 
     def vector(self, tensor: Tensor) -> np.ndarray:
         """A small tensor as float32, flattened."""
@@ -382,6 +382,10 @@ class CpuOps:
     def swiglu(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
         """silu(gate) * up, elementwise, into `gate`."""
         return self._elementwise(elementwise.swiglu.address, gate, up)
+
+    def relu2(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        """max(gate, 0)² * up, elementwise, into `gate`."""
+        return self._elementwise(elementwise.relu2.address, gate, up)
 
     def add(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """x + y, elementwise, into `x`."""

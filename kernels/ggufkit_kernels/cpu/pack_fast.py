@@ -28,9 +28,10 @@ from __future__ import annotations
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
-from ggufkit_formats.blocks import TensorType
+from ggufkit_formats.blocks import ScaledType, TensorType
 from ggufkit_formats.tensor import Tensor
 
 from . import pack as numpy_pack
@@ -202,15 +203,34 @@ def pack_halves(args, item, worker):
     turn_rows(args, item, worker, True)
 
 
-def pack(tensor: Tensor, team: Team, memory: Arena) -> Packed:
-    """Pack a tensor (rows, cols) on a team's threads into memory of the arena: what `pack.pack` does, sooner."""
-    out = _pack(tensor, team, memory)
+def pack(tensor: Tensor, team: Team, memory: Arena, scale: float = 1.0) -> Packed:
+    """Pack a tensor (rows, cols), times `scale`, on a team's threads into memory of the arena: what `pack.pack` does,
+    sooner."""
+    halves = True
+    if scale != 1.0:
+        found = map_of(form_of(tensor.type)) if tensor.type.is_quantized else None
+        halves = found is not None and found.layout.number == "f16"
+    out = _pack(tensor, team, memory) if halves else None
     if out is not None:
-        return out
+        return out if scale == 1.0 else _scaled(out, scale, memory)
+    if scale != 1.0:
+        tensor = replace(tensor, type=ScaledType(tensor.type, scale))
     if team.threads == 1 or 4 * tensor.n_elements <= SLAB_NBYTES:
         return numpy_pack.pack(tensor, new=memory.array)
     with ThreadPoolExecutor(team.threads) as pool:
         return numpy_pack.pack(tensor, pool.map, memory.array)
+
+
+def _scaled(out: Packed, scale: float, memory: Arena) -> Packed:
+    """The matrix with its d and dmin times a scale, as float32: float16 does not hold every product."""
+    out.layout = replace(out.layout, number="f32")
+    for name in ("d", "dmin"):
+        halves = getattr(out, name)
+        if halves.size:
+            wide = memory.array(halves.shape, np.dtype(np.float32))
+            np.multiply(halves.view(np.float16), np.float32(scale), out=wide)
+            setattr(out, name, wide)
+    return out
 
 
 def _pack(tensor: Tensor, team: Team, memory: Arena) -> Packed | None:

@@ -10,12 +10,12 @@ from types import ModuleType
 from ggufkit_formats.errors import UnsupportedError
 from ggufkit_formats.gguf_strings import quote
 
-from . import llama, qwen2, qwen3
+from . import bitnet, llama, qwen2, qwen3
 from .base import TensorSpec, permuted_rows
 
 __all__ = ["MODELS", "TensorSpec", "by_arch", "by_hf_class", "permuted_rows"]
 
-MODELS: tuple[ModuleType, ...] = (llama, qwen2, qwen3)
+MODELS: tuple[ModuleType, ...] = (llama, qwen2, qwen3, bitnet)
 
 
 def by_arch(name: str) -> ModuleType:

@@ -1,7 +1,7 @@
 """The decoder that Llama and its kin share: rotary grouped-query attention and a gated feed-forward, pre-normed.
 
-What differs between them is a feature of the Config (which pairs rotate together, biases, norms on q and k), so
-there is one forward. An architecture file names the features, its Hugging Face classes and its tensors.
+What differs between them is a feature of the Config (which pairs rotate together, biases, more norms, the activation),
+so there is one forward. An architecture file names the features, its Hugging Face classes and its tensors.
 """
 
 from __future__ import annotations
@@ -59,13 +59,20 @@ class Config:
     qk_norm: bool = False  # RMS norm of every head of q and k before rotating (qwen3)
     qkv_bias: bool | None = None  # True: q, k, v have biases; None: they may have
     other_bias: bool | None = None  # likewise the attention's output and the feed-forward
+    scales: bool = False  # matrices may have a number beside them, ….scale, that multiplies them
+    sub_norms: bool = False  # RMS norm of what goes into the attention's output and into ffn_down (bitnet)
+    activation: str = "silu"  # of the gate: "silu", or "relu2", max(x, 0)²
     notes: tuple[str, ...] = ()  # what convert should tell the user
 
     # -- reading ---------------------------------------------------------------------------------
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any], arch: str, **features: Any) -> Config:
-        """From GGUF metadata; FormatError for a missing or absurd key, UnsupportedError for an unknown one."""
+    def from_metadata(cls, metadata: Mapping[str, Any], arch: str, activations: tuple[str, ...] = ("silu",),
+                      **features: Any) -> Config:  # fmt: skip
+        """From GGUF metadata; FormatError for a missing or absurd key, UnsupportedError for an unknown one.
+
+        `activations` are those of the gate that the architecture knows, the first where the file says nothing.
+        """
         keys = Keys(metadata, "metadata", f"{arch}.")
         dim, n_heads = keys.integer("embedding_length"), keys.integer("attention.head_count", high=_MAX_HEADS)
         head_dim = keys.integer("attention.key_length", dim // n_heads, high=_MAX_HEAD_DIM)
@@ -86,6 +93,7 @@ class Config:
             n_vocab=n_vocab,
             eps=keys.number("attention.layer_norm_rms_epsilon"),
             rope=Rope.from_keys(keys, head_dim, n_ctx),
+            activation=_activation(keys, "hidden_activation", activations, activations[0]),
             **features,
         )
         keys.must_be("attention.value_length", head_dim, default=head_dim)
@@ -98,14 +106,15 @@ class Config:
         return config
 
     @classmethod
-    def from_hf(cls, hf: Mapping[str, Any], arch: str, notes: tuple[str, ...] = (), **features: Any) -> Config:
-        """From the dictionary of a config.json."""
+    def from_hf(cls, hf: Mapping[str, Any], arch: str, notes: tuple[str, ...] = (),
+                activations: tuple[str, ...] = ("silu", "swish"), **features: Any) -> Config:  # fmt: skip
+        """From the dictionary of a config.json; `activations` as in `from_metadata`."""
         keys = Keys(hf, "config.json")
         dim, n_heads = keys.integer("hidden_size"), keys.integer("num_attention_heads", high=_MAX_HEADS)
         explicit = keys.integer("head_dim", None, high=_MAX_HEAD_DIM)
         head_dim = explicit or dim // n_heads
         n_ctx = keys.integer("max_position_embeddings")
-        keys.must_be("hidden_act", "silu", "swish", default="silu")
+        activation = _activation(keys, "hidden_act", activations, activations[0])
         for key, allowed in _REFUSED_HF.items():
             keys.must_be(key, *allowed)
         kinds = keys.get("layer_types", None) or ["full_attention"]
@@ -130,6 +139,7 @@ class Config:
             n_vocab=keys.integer("vocab_size"),
             eps=keys.number("rms_norm_eps", 1e-6),
             rope=Rope.from_hf(keys, head_dim, n_ctx),
+            activation=activation,
             explicit_head_dim=explicit is not None,
             notes=notes,
             **features,
@@ -167,6 +177,13 @@ class Config:
         return {f"{self.arch}.{key}": value for key, value in keys.items()}
 
 
+def _activation(keys: Keys, key: str, known: tuple[str, ...], default: str) -> str:
+    """The gate's activation, under one name: swish is silu."""
+    keys.must_be(key, *known, default=default)
+    name = keys.get(key, default)
+    return "silu" if name == "swish" else name
+
+
 def tensors(config: Config) -> list[TensorSpec]:
     """All tensors of the network, in the order of a forward pass."""
     c = config
@@ -195,6 +212,11 @@ def tensors(config: Config) -> list[TensorSpec]:
             ("attn_q_norm", "self_attn.q_norm", c.head_dim),
             ("attn_k_norm", "self_attn.k_norm", c.head_dim),
         ]
+    if c.sub_norms:
+        norms += [
+            ("attn_sub_norm", "self_attn.attn_sub_norm", n_q),
+            ("ffn_sub_norm", "mlp.ffn_sub_norm", c.n_ffn),
+        ]
     for i in range(c.n_layers):
         gguf, hf = f"blk.{i}", f"model.layers.{i}"
         for name, theirs, size in norms:
@@ -203,6 +225,8 @@ def tensors(config: Config) -> list[TensorSpec]:
             specs.append(
                 TensorSpec(f"{gguf}.{name}.weight", (f"{hf}.{theirs}.weight",), (rows, cols), permute_heads=heads)
             )
+            if c.scales:
+                specs.append(TensorSpec(f"{gguf}.{name}.scale", (), (1,), optional=True))
             if bias is not False:
                 specs.append(TensorSpec(f"{gguf}.{name}.bias", (f"{hf}.{theirs}.bias",), (rows,),
                                         optional=bias is None, permute_heads=heads))  # fmt: skip
@@ -230,12 +254,17 @@ def forward(config: Config, weights: Any, ops: Any, ids: np.ndarray, cache: Any,
         q = ops.rope(q, start, freqs, config.interleaved, mscale)
         k = ops.rope(k, start, freqs, config.interleaved, mscale)
         h = ops.attend(q, k, v, cache, i, start, scale)
+        if config.sub_norms:
+            h = ops.rmsnorm(h, layer.attn_sub_norm, config.eps)
         x = ops.add(x, ops.matmul(layer.attn_output, h, layer.attn_output_bias))
 
         h = ops.rmsnorm(x, layer.ffn_norm, config.eps)
         gate = ops.matmul(layer.ffn_gate, h, layer.ffn_gate_bias)
         up = ops.matmul(layer.ffn_up, h, layer.ffn_up_bias)
-        x = ops.add(x, ops.matmul(layer.ffn_down, ops.swiglu(gate, up), layer.ffn_down_bias))
+        h = ops.relu2(gate, up) if config.activation == "relu2" else ops.swiglu(gate, up)
+        if config.sub_norms:
+            h = ops.rmsnorm(h, layer.ffn_sub_norm, config.eps)
+        x = ops.add(x, ops.matmul(layer.ffn_down, h, layer.ffn_down_bias))
     cache.length = start + n
     x = ops.rmsnorm(x[first:], weights.output_norm, config.eps)
     return ops.matmul(weights.output, x)

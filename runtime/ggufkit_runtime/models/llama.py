@@ -18,7 +18,7 @@ __all__ = ["ARCH", "HF_CLASSES", "config_from_hf", "config_from_metadata", "forw
 ARCH = "llama"
 HF_CLASSES = ("LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM")
 
-_FEATURES: dict[str, Any] = {"interleaved": True}
+_FEATURES: dict[str, Any] = {"interleaved": True, "scales": True}
 
 
 def config_from_metadata(metadata: Mapping[str, Any]) -> Config:

@@ -15,7 +15,7 @@ __all__ = ["ARCH", "HF_CLASSES", "config_from_hf", "config_from_metadata", "forw
 ARCH = "qwen3"
 HF_CLASSES = ("Qwen3ForCausalLM",)
 
-_FEATURES: dict[str, Any] = {"qk_norm": True, "other_bias": False}
+_FEATURES: dict[str, Any] = {"qk_norm": True, "other_bias": False, "scales": True}
 
 
 def config_from_metadata(metadata: Mapping[str, Any]) -> Config:

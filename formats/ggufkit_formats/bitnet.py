@@ -1,0 +1,72 @@
+"""Packed ternary weights of BitNet checkpoints (safetensors, transformers): four rows in a byte.
+
+::
+
+    X.weight        uint8 [rows / 4, cols]   byte (r, c):  | row r + 3n : 2 | r + 2n : 2 | r + n : 2 | r : 2 |, column c
+                                             n = rows / 4: four bands of rows, not four neighbours
+    X.weight_scale  one number                 w = (code - 1) * s, code 0, 1 or 2; 3 is not used
+
+s is the scale, or 1 / scale: the checkpoint's configuration tells, which is for whoever reads it.
+Source: transformers, integrations/bitnet.py.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .blocks import TensorType, find
+from .errors import FormatError, UnsupportedError
+from .tensor import Tensor
+
+
+class Rows:
+    """A `Source` of float32 rows that are made when they are read, instead of bytes in a file."""
+
+    def __init__(self, rows: int, cols: int):
+        self.rows, self.cols = rows, cols
+
+    def make(self, start: int, stop: int) -> np.ndarray:
+        """Rows start…stop, float32 (stop - start, cols)."""
+        raise NotImplementedError
+
+    def read(self, offset: int, nbytes: int) -> np.ndarray:
+        """uint8 (nbytes,); offset and nbytes are those of whole rows."""
+        row = 4 * self.cols
+        if not nbytes or not row:
+            return np.zeros(nbytes, np.uint8)
+        start, stop = offset // row, -(-(offset + nbytes) // row)
+        made = np.ascontiguousarray(self.make(start, stop), np.float32).view(np.uint8).reshape(-1)
+        return made[offset - start * row : offset - start * row + nbytes]
+
+    view = read
+
+    def tensor(self, name: str) -> Tensor:
+        """The rows as a tensor of type F32."""
+        kind: TensorType = find("F32")
+        return Tensor(name, kind, (self.rows, self.cols), 4 * self.rows * self.cols, 0, self)
+
+
+class PackedTernary(Rows):
+    """The weights of `packed`, a tensor of bytes (rows / 4, cols), with the scale s."""
+
+    def __init__(self, packed: Tensor, scale: float):
+        if packed.type.name != "U8" or len(packed.shape) != 2:
+            raise UnsupportedError(f"tensor {packed.name!r} is no matrix of bytes, as packed ternary weights are")
+        super().__init__(4 * packed.shape[0], packed.shape[1])
+        self.packed, self.scale = packed, np.float32(scale)
+
+    def make(self, start: int, stop: int) -> np.ndarray:
+        """Rows start…stop, float32. FormatError where a code is 3."""
+        out = np.empty((stop - start, self.cols), np.float32)
+        band = self.rows // 4
+        row = start
+        while row < stop:
+            shift, first = np.uint8(2 * (row // band)), row % band
+            n = min(stop - row, band - first)
+            raw = self.packed.source.read(self.packed.offset + first * self.cols, n * self.cols)
+            codes = raw.reshape(n, self.cols) >> shift & np.uint8(3)
+            if codes.max(initial=0) > 2:
+                raise FormatError("a code of packed ternary weights is 3; only 0, 1 and 2 are allowed")
+            out[row - start : row - start + n] = (codes.astype(np.float32) - np.float32(1)) * self.scale
+            row += n
+        return out
