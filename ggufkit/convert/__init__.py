@@ -62,9 +62,9 @@ def convert(
     are quantized already need `allow_requantize`. `pre_tokenizer` names the tokenizer's pre-tokenizer where it is not
     recognised. `imatrix` is an importance matrix, from `ggufkit imatrix` or llama-imatrix (in either form): errors in
     columns that matter more count more. Some file types need one. `ternary` is how weights that are not ternary become
-    so: as `ggml` does it, with the tensor's mean magnitude as scale (`absmean`, BitNet b1.58), or the best scale of each
-    block (`search`); weights that are ternary already stay what they are. `progress` is called with (bytes of the source
-    done, bytes in all), `started` with the report before the first byte.
+    so: as `ggml` does it, with the tensor's mean magnitude as scale (`absmean`, BitNet b1.58), or the best scale of
+    each block (`search`); weights that are ternary already stay what they are. `progress` is called with (bytes of the
+    source done, bytes in all), `started` with the report before the first byte.
 
     All that can be checked is checked before the first byte is written; NaN and infinities are found on the way and
     raise FormatError naming the tensor. An exception leaves nothing behind. Memory stays bounded whatever the size.
