@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from ggufkit_formats.bitnet import PackedTernary, Rows
+from ggufkit_formats.bitnet import I2S, PackedTernary, Rows
 from ggufkit_formats.errors import FormatError, UnsupportedError
 from ggufkit_formats.tensor import Tensor
 
@@ -81,6 +81,11 @@ def _scale(tensor: Tensor, divides: bool, where: str) -> float:
             f"one that {other}: unclear what the weights are"
         )
     return float(np.float32(1) / value if divides else value)
+
+
+def imported(tensor: Tensor) -> Tensor:
+    """The tensor; where it is one of bitnet.cpp's I2_S by its id, its size and its scale, the weights in it."""
+    return I2S(tensor).tensor(tensor.name) if I2S.holds(tensor) else tensor
 
 
 # -- weights that are not rounded yet ----------------------------------------------------------------
