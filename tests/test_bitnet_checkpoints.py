@@ -9,6 +9,7 @@ import checkpoints
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny_models
 from ggufkit_formats import gguf
 from ggufkit_formats.blocks import UnknownType
 from ggufkit_runtime import generate
@@ -198,3 +199,18 @@ def test_i2_s_of_bitnet_cpp_is_imported(tmp_path: Path) -> None:
                 assert f.tensors[name].type.id == 36 and np.array_equal(f.tensors[name].raw, written)
             else:
                 assert np.array_equal(f.tensors[name].dequantize(), codes * s)
+
+
+def test_the_forks_network_runs_under_ggufs_name(tmp_path: Path) -> None:
+    tiny_models.write(tmp_path / "ours.gguf", "bitnet", hidden_act="relu2", optional=False)
+    with gguf.open(tmp_path / "ours.gguf") as f:
+        metadata = {key.replace("bitnet.", "bitnet-b1.58."): value for key, value in f.metadata.copy().items()}
+        metadata["general.architecture"] = "bitnet-b1.58"
+        del metadata["bitnet-b1.58.hidden_activation"]
+        plan = gguf.Plan(metadata, [(t.name, t.type, t.shape) for t in f.tensors.values()])
+        with gguf.Writer(tmp_path / "theirs.gguf", plan) as writer:
+            for t in f.tensors.values():
+                writer.write(t.name, t.raw.reshape(-1))
+    convert(tmp_path / "theirs.gguf", "f32", tmp_path / "again.gguf")
+    first, again = (generate.load(tmp_path / f"{name}.gguf", device="reference") for name in ("ours", "again"))
+    assert np.array_equal(first.logits([1, 7, 9]), again.logits([1, 7, 9]))

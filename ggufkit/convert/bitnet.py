@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -86,6 +87,17 @@ def _scale(tensor: Tensor, divides: bool, where: str) -> float:
 def imported(tensor: Tensor) -> Tensor:
     """The tensor; where it is one of bitnet.cpp's I2_S by its id, its size and its scale, the weights in it."""
     return I2S(tensor).tensor(tensor.name) if I2S.holds(tensor) else tensor
+
+
+_FORKS_NAME = "bitnet-b1.58"  # what bitnet.cpp calls the network with squared ReLU
+
+
+def renamed(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Metadata of a GGUF file; bitnet.cpp's architecture under GGUF's name, with its activation said."""
+    if metadata.get("general.architecture") != _FORKS_NAME:
+        return metadata
+    out = {re.sub(rf"^{re.escape(_FORKS_NAME)}\.", "bitnet.", key): value for key, value in metadata.items()}
+    return out | {"general.architecture": "bitnet", "bitnet.hidden_activation": "relu2"}
 
 
 # -- weights that are not rounded yet ----------------------------------------------------------------

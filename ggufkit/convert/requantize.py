@@ -21,7 +21,7 @@ def read(path: Path, name: str | None = None, pre_tokenizer: str | None = None) 
     """A GGUF file as a source. Keys keep their types and order; file type and quantization version go last."""
     file = gguf.open(path)
     try:
-        metadata = file.metadata.copy()
+        metadata = bitnet.renamed(file.metadata.copy())
         for key in (QUANTIZATION_VERSION_KEY, FILE_TYPE):
             metadata.pop(key, None)
         metadata[QUANTIZATION_VERSION_KEY] = np.uint32(QUANTIZATION_VERSION)
@@ -31,7 +31,7 @@ def read(path: Path, name: str | None = None, pre_tokenizer: str | None = None) 
                 raise FormatError(f"{path}: holds no tokenizer whose pre-tokenizer could be {pre_tokenizer!r}")
             metadata["tokenizer.ggml.pre"] = pre_tokenizer
         inputs = [Input(each.name, each.shape, bitnet.imported(each)) for each in file.tensors.values()]
-        facts = _facts(file.metadata, list(file.tensors))
+        facts = _facts(metadata, list(file.tensors))
     except BaseException:
         file.close()
         raise
