@@ -9,7 +9,9 @@ import checkpoints
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny_models
 from ggufkit_formats import gguf
+from ggufkit_formats.blocks import UnknownType
 from ggufkit_runtime import generate
 from oracles import llama
 
@@ -166,3 +168,49 @@ def test_a_scale_that_float16_does_not_hold_stays_exact(arch: str, type: str, tm
         for name in f.tensors:
             if name.startswith("blk."):
                 assert np.array_equal(again.tensors[name].raw, f.tensors[name].raw), name
+
+
+def test_i2_s_of_bitnet_cpp_is_imported(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    codes, s = rng.integers(-1, 2, (12, 256)), np.float32(1.37)
+    flat, raw = codes.reshape(-1), np.zeros(12 * 256 // 4 + 32, np.uint8)
+    for i, value in enumerate(flat):
+        raw[i // 128 * 32 + i % 32] |= (value + 1) << (6 - 2 * (i % 128 // 32))
+    raw[-32:-28] = np.array([s], "<f4").view(np.uint8)
+    name = "blk.0.ffn_up.weight"
+    for fault in ("", "size", "code", "scale"):
+        written = raw.copy()
+        if fault == "code":
+            written[100] |= 3
+        if fault == "scale":
+            written[-32:-28] = 0
+        if fault == "size":
+            written = np.concatenate([written, written[:32]])
+        plan = gguf.Plan({"general.architecture": "bitnet-x"}, [(name, UnknownType(36), (12, 256), len(written))])
+        with gguf.Writer(tmp_path / "in.gguf", plan, True) as writer:
+            writer.write(name, written)
+        if fault == "code":
+            with pytest.raises(ggufkit.FormatError, match="a code of I2_S is 3"):
+                convert(tmp_path / "in.gguf", "tq2_0", tmp_path / "out.gguf", overwrite=True)
+            continue
+        convert(tmp_path / "in.gguf", "f32", tmp_path / "out.gguf", overwrite=True)
+        with gguf.open(tmp_path / "out.gguf") as f:
+            if fault:  # nobody knows what it is, and it is copied
+                assert f.tensors[name].type.id == 36 and np.array_equal(f.tensors[name].raw, written)
+            else:
+                assert np.array_equal(f.tensors[name].dequantize(), codes * s)
+
+
+def test_the_forks_network_runs_under_ggufs_name(tmp_path: Path) -> None:
+    tiny_models.write(tmp_path / "ours.gguf", "bitnet", hidden_act="relu2", optional=False)
+    with gguf.open(tmp_path / "ours.gguf") as f:
+        metadata = {key.replace("bitnet.", "bitnet-b1.58."): value for key, value in f.metadata.copy().items()}
+        metadata["general.architecture"] = "bitnet-b1.58"
+        del metadata["bitnet-b1.58.hidden_activation"]
+        plan = gguf.Plan(metadata, [(t.name, t.type, t.shape) for t in f.tensors.values()])
+        with gguf.Writer(tmp_path / "theirs.gguf", plan) as writer:
+            for t in f.tensors.values():
+                writer.write(t.name, t.raw.reshape(-1))
+    convert(tmp_path / "theirs.gguf", "f32", tmp_path / "again.gguf")
+    first, again = (generate.load(tmp_path / f"{name}.gguf", device="reference") for name in ("ours", "again"))
+    assert np.array_equal(first.logits([1, 7, 9]), again.logits([1, 7, 9]))

@@ -44,6 +44,9 @@ CASES = {
     "qwen3": ("qwen3", {"head_dim": 64, "rope_theta": 1e6}),
     "qwen3-head-dim": ("qwen3", {"head_dim": 128, "optional": False}),
     "bitnet-silu": ("bitnet", {"optional": False}),
+    "llama-scales": ("llama", {"optional": False, "scales": True}),
+    "qwen3-scales": ("qwen3", {"optional": False, "scales": True}),
+    "bitnet-scales": ("bitnet", {"optional": False, "scales": True}),
 }  # fmt: skip
 
 

@@ -37,20 +37,21 @@ def write(
     type: str = "F32",
     seed: int = 0,
     optional: bool = True,
+    scales: bool = False,
     metadata: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Path:
-    """Write a random model. `settings` are those of a config.json; `optional` also writes biases and the output."""
+    """Write a random model. `settings` are those of a config.json; `optional` also writes biases and the
+    output, `scales` numbers that multiply the layers' matrices."""
     architecture = models.by_arch(arch)
     config = architecture.config_from_hf({**HF, **settings})
     random = np.random.default_rng(seed)
     values, plan = {}, []
-    specs = architecture.tensors(config)
-    names = {spec.gguf for spec in specs}
-    for spec in specs:
-        if "ffn" in spec.gguf and spec.gguf.replace(".scale", ".bias") in names - {spec.gguf}:
-            continue  # llama.cpp multiplies the bias, too
-        if (spec.optional and not optional) or (spec.gguf == "rope_freqs.weight" and spec.values is None):
+    for spec in architecture.tensors(config):
+        if spec.gguf.endswith(".scale"):
+            if not scales:
+                continue
+        elif (spec.optional and not optional) or (spec.gguf == "rope_freqs.weight" and spec.values is None):
             continue
         if spec.values is not None:
             value = spec.values

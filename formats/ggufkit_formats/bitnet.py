@@ -1,10 +1,12 @@
-"""Packed ternary weights of BitNet checkpoints (safetensors, transformers): four rows in a byte.
+"""Ternary weights of BitNet: packed in safetensors checkpoints (transformers), and in GGUF files of bitnet.cpp.
+
+In a checkpoint, four rows share a byte:
 
 ::
 
     X.weight        uint8 [rows / 4, cols]   byte (r, c):  | row r + 3n : 2 | r + 2n : 2 | r + n : 2 | r : 2 |, column c
                                              n = rows / 4: four bands of rows, not four neighbours
-    X.weight_scale  one number                 w = (code - 1) * s, code 0, 1 or 2; 3 is not used
+    X.weight_scale  one number               w = (code - 1) * s, code 0, 1 or 2; 3 is not used
 
 s is the scale, or 1 / scale: the checkpoint's configuration tells, which is for whoever reads it.
 Source: transformers, integrations/bitnet.py.
@@ -70,3 +72,44 @@ class PackedTernary(Rows):
             out[row - start : row - start + n] = (codes.astype(np.float32) - np.float32(1)) * self.scale
             row += n
         return out
+
+
+class I2S(Rows):
+    """bitnet.cpp's I2_S, as its converter writes it for x86: ternary codes of a whole tensor, and one scale.
+
+    ::
+
+        32 bytes for 128 weights   byte j:  | x[j] : 2 | x[j + 32] : 2 | x[j + 64] : 2 | x[j + 96] : 2 |
+        32 bytes at the end        the scale s, f32, then nothing
+
+    w = (code - 1) * s, code 0, 1 or 2. Read only: the id is that fork's own, and upstream's is another type, removed.
+    Files for other processors order the weights differently, and nothing in them says so.
+    """
+
+    ID = 36
+    TAIL = 32  # bytes
+
+    def __init__(self, tensor: Tensor):
+        super().__init__(tensor.rows, tensor.cols)
+        self.packed, self.scale = tensor, self._scale(tensor)
+
+    @classmethod
+    def holds(cls, tensor: Tensor) -> bool:
+        """Whether id, size and scale are those of I2_S, with rows of whole groups."""
+        if tensor.type.id != cls.ID or tensor.cols % 128 or len(tensor.shape) != 2 or tensor.byte_order != "<":
+            return False
+        scale = cls._scale(tensor) if tensor.nbytes == tensor.n_elements // 4 + cls.TAIL else np.float32(0)
+        return bool(np.isfinite(scale) and scale > 0)
+
+    @classmethod
+    def _scale(cls, tensor: Tensor) -> np.float32:
+        return tensor.source.read(tensor.offset + tensor.n_elements // 4, 4).view("<f4")[0]
+
+    def make(self, start: int, stop: int) -> np.ndarray:
+        """Rows start…stop, float32. FormatError where a code is 3."""
+        row = self.cols // 4
+        raw = self.packed.source.read(self.packed.offset + start * row, (stop - start) * row).reshape(-1, 1, 32)
+        codes = raw >> np.array([6, 4, 2, 0], np.uint8)[:, None] & np.uint8(3)
+        if codes.max(initial=0) > 2:
+            raise FormatError("a code of I2_S is 3; only 0, 1 and 2 are allowed")
+        return ((codes.astype(np.float32) - np.float32(1)) * self.scale).reshape(stop - start, self.cols)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from ggufkit_formats.bitnet import PackedTernary, Rows
+from ggufkit_formats.bitnet import I2S, PackedTernary, Rows
 from ggufkit_formats.errors import FormatError, UnsupportedError
 from ggufkit_formats.tensor import Tensor
 
@@ -81,6 +82,22 @@ def _scale(tensor: Tensor, divides: bool, where: str) -> float:
             f"one that {other}: unclear what the weights are"
         )
     return float(np.float32(1) / value if divides else value)
+
+
+def imported(tensor: Tensor) -> Tensor:
+    """The tensor; where it is one of bitnet.cpp's I2_S by its id, its size and its scale, the weights in it."""
+    return I2S(tensor).tensor(tensor.name) if I2S.holds(tensor) else tensor
+
+
+_FORKS_NAME = "bitnet-b1.58"  # what bitnet.cpp calls the network with squared ReLU
+
+
+def renamed(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Metadata of a GGUF file; bitnet.cpp's architecture under GGUF's name, with its activation said."""
+    if metadata.get("general.architecture") != _FORKS_NAME:
+        return metadata
+    out = {re.sub(rf"^{re.escape(_FORKS_NAME)}\.", "bitnet.", key): value for key, value in metadata.items()}
+    return out | {"general.architecture": "bitnet", "bitnet.hidden_activation": "relu2"}
 
 
 # -- weights that are not rounded yet ----------------------------------------------------------------

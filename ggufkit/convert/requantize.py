@@ -13,6 +13,7 @@ from ggufkit_formats.errors import FormatError
 
 from ..quantize import rules
 from ..quantize.file_types import ALIASES, FILE_TYPES, QUANTIZATION_VERSION, ModelFacts
+from . import bitnet
 from .job import FILE_TYPE, QUANTIZATION_VERSION_KEY, Input, Job
 
 
@@ -20,7 +21,7 @@ def read(path: Path, name: str | None = None, pre_tokenizer: str | None = None) 
     """A GGUF file as a source. Keys keep their types and order; file type and quantization version go last."""
     file = gguf.open(path)
     try:
-        metadata = file.metadata.copy()
+        metadata = bitnet.renamed(file.metadata.copy())
         for key in (QUANTIZATION_VERSION_KEY, FILE_TYPE, *nf4_tensors.KEYS):
             metadata.pop(key, None)
         metadata[QUANTIZATION_VERSION_KEY] = np.uint32(QUANTIZATION_VERSION)
@@ -29,8 +30,8 @@ def read(path: Path, name: str | None = None, pre_tokenizer: str | None = None) 
             if "tokenizer.ggml.tokens" not in metadata:
                 raise FormatError(f"{path}: holds no tokenizer whose pre-tokenizer could be {pre_tokenizer!r}")
             metadata["tokenizer.ggml.pre"] = pre_tokenizer
-        inputs = [Input(tensor.name, tensor.shape, tensor) for tensor in file.tensors.values()]
-        facts = _facts(file.metadata, list(file.tensors))
+        inputs = [Input(each.name, each.shape, bitnet.imported(each)) for each in file.tensors.values()]
+        facts = _facts(metadata, list(file.tensors))
     except BaseException:
         file.close()
         raise
