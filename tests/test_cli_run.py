@@ -174,8 +174,9 @@ def test_interrupted(raw, number, status):
 
 
 def test_interrupted_while_loading(default_model_path):
+    noise = ("--raw", "--temp", 9, "--top-k", 0, "--top-p", 1, "--min-p", 0, "-s", 3)  # no turn ends within seconds
     for delay in (0.5, 1.0):
-        with start("run", "Count to 1000.", "-m", default_model_path, "-n", "-1") as process:
+        with start("run", "Count to 1000.", "-m", default_model_path, *noise, "-n", 5000) as process:
             time.sleep(delay)
             os.kill(process.pid, signal.SIGINT)
             _, err = process.communicate(timeout=60)
