@@ -6,19 +6,18 @@ tensor `….scale` (F32, one number) holds s: llama.cpp and the runtime multiply
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 from ggufkit_formats.errors import FormatError
-from ggufkit_formats.tensor import Tensor
 
 from ..quantize import ternary
 from ..quantize.rules import Choice, order
 from .job import Input, Job
+from .pipeline import chunks
 
 _ARCHITECTURES = ("llama", "qwen3", "bitnet")  # llama.cpp's qwen2 leaves out those of the feed-forward
-_PEEK = 1 << 18  # bytes of float32 that are looked at at a time: most tensors are not ternary
+_PEEK = 1 << 16  # weights that are looked at at a time: most tensors are not ternary
 
 
 def keep_scales(job: Job, choices: dict[str, Choice]) -> None:
@@ -33,7 +32,7 @@ def keep_scales(job: Job, choices: dict[str, Choice]) -> None:
         if not (each.tensor and alone and each.name.startswith("blk.") and choices[each.name].type in ternary.TYPES):
             continue
         try:
-            scale = ternary.common_scale(_chunks(each.tensor))
+            scale = ternary.common_scale(chunks(each.tensor, _PEEK))
         except FormatError as error:
             raise FormatError(f"{each.label}: {error}") from None
         if scale is None or _is_half(scale):
@@ -48,8 +47,3 @@ def _is_half(scale: float) -> bool:
     """Whether float16 holds the scale."""
     with np.errstate(over="ignore"):
         return float(np.float16(scale)) == scale
-
-
-def _chunks(tensor: Tensor) -> Iterator[np.ndarray]:
-    for start, stop in tensor.slabs(_PEEK):
-        yield tensor.type.decode(tensor.read_rows(start, stop))
