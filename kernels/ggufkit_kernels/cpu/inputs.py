@@ -13,13 +13,12 @@ from collections.abc import Callable
 from .jit import family, lazy
 from .simd import (
     LANES,
-    abs_f32,
-    add_f32,
+    bits_f32,
     get_f32,
     get_i64,
-    largest_f32,
+    largest_magnitude,
     load_f32,
-    max_f32,
+    max_i32,
     mul_f32,
     put_f32,
     round_f32,
@@ -27,7 +26,6 @@ from .simd import (
     store_i8,
     store_starts,
     store_sums,
-    sum_f32,
 )
 from .words import COLS, FACTOR, OFFSET, PREP_TILES, STARTS, SUMS, A, N, Q, X
 
@@ -55,24 +53,27 @@ def quantize_inputs(span: int, unit: int, tile: int) -> Callable:
                 at = k * tile * (cols // 32) + j  # in chunks
                 for _ in range(cols // 32):
                     q = get_i64(args + Q) + 32 * at
-                    both, total = splat_f32(0.0), splat_f32(0.0)
-                    for i in range(0, 32, LANES):
-                        v = load_f32(x + 4 * i)
-                        both, total = max_f32(abs_f32(v), both), add_f32(total, v)
-                    largest = largest_f32(both)
-                    scale = largest / 127.0
+                    bits = bits_f32(load_f32(x))
+                    for i in range(LANES, 32, LANES):
+                        bits = max_i32(bits, bits_f32(load_f32(x + 4 * i)))
+                    largest = largest_magnitude(bits)
                     inverse = splat_f32(127.0 / largest if largest > 1e-30 else 0.0)
                     for i in range(0, 32, LANES):
                         store_i8(q + i, round_f32(mul_f32(load_f32(x + 4 * i), inverse)))
-                    # 0 * x is NaN where x is infinite or NaN, which the maximum may have passed over
-                    spoiled = sum_f32(mul_f32(total, splat_f32(0.0)))
-                    scale = scale * factor + spoiled
+                    # 0 times the largest is NaN where an input is infinite or NaN
+                    scale = largest / 127.0 * factor + largest * 0.0
                     put_f32(get_i64(args + A) + 4 * at, scale)
+                    x += 128
+                    at += tile
+                # Sums in a loop of their own: reading the bytes that were just written, in other pieces, would wait
+                at = k * tile * (cols // 32) + j
+                for _ in range(cols // 32 if span or unit else 0):
+                    q = get_i64(args + Q) + 32 * at
                     if span:
                         store_starts(q, -offset, get_i64(args + STARTS) + 4 * n_starts * at, span)
                     if unit:
+                        scale = get_f32(get_i64(args + A) + 4 * at)
                         store_sums(q, scale, get_i64(args + SUMS) + 4 * n_sums * at, unit)
-                    x += 128
                     at += tile
 
     return quantize_inputs

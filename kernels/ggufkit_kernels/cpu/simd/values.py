@@ -263,6 +263,19 @@ def _largest(builder: Any, x: Any) -> Any:
     return builder.extract_element(x, ir.Constant(I32, 0))
 
 
+def _largest_magnitude(builder: Any, x: Any) -> Any:
+    """The float whose bits, without sign, are the largest: NaN where there is one, else infinity where there is one."""
+    while x.type.count > 1:
+        half = x.type.count // 2
+        low, high = pick(builder, x, list(range(half))), pick(builder, x, list(range(half, 2 * half)))
+        x = builder.select(builder.icmp_signed(">", low, high), low, high)
+    return builder.bitcast(builder.extract_element(x, ir.Constant(I32, 0)), FLOAT)
+
+
+def _magnitude(builder: Any, x: Any) -> Any:
+    return builder.and_(builder.bitcast(x, VECTOR["i32"]), const(VECTOR["i32"], 0x7FFFFFFF))
+
+
 def _round(builder: Any, x: Any) -> Any:
     """Adding 1.5 * 2**23 leaves the float unit with whole numbers, in the lowest bits of the sum."""
     shift = const(VECTOR["f32"], 12582912.0)
@@ -283,10 +296,12 @@ mul_f32 = _pointwise("mul_f32", f32, (f32, f32), lambda b, x, y: b.fmul(x, y))
 div_f32 = _pointwise("div_f32", f32, (f32, f32), lambda b, x, y: b.fdiv(x, y))
 neg_f32 = _pointwise("neg_f32", f32, (f32,), lambda b, x: b.fneg(x))
 fma_f32 = _pointwise("fma_f32", f32, (f32, f32, f32), fma)
-abs_f32 = _pointwise("abs_f32", f32, (f32,), lambda b, x: call(b, f"llvm.fabs.v{LANES}f32", VECTOR["f32"], x))
 max_f32 = _pointwise(
     "max_f32", f32, (f32, f32), lambda b, x, y: b.select(b.fcmp_unordered(">", x, y), x, y)
 )  # NaN in x stays
+bits_f32 = _pointwise("bits_f32", i32, (f32,), _magnitude)  # a float's bits without the sign: they order as it does
+max_i32 = _pointwise("max_i32", i32, (i32, i32), lambda b, x, y: b.select(b.icmp_signed(">", x, y), x, y))
+largest_magnitude = _pointwise("largest_magnitude", types.float32, (i32,), _largest_magnitude)
 exp_f32 = _pointwise("exp_f32", f32, (f32,), _exp)
 sum_f32 = _pointwise("sum_f32", types.float32, (f32,), _sum)
 largest_f32 = _pointwise("largest_f32", types.float32, (f32,), _largest)
