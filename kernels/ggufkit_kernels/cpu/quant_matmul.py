@@ -18,8 +18,8 @@ read. Matvec of 5632 x 2048 from memory with it over without, Zen 4, 2 threads, 
 
 Scales and minima lie in streams of their own, whose pages last for many pages of codes: the processor waits for the
 first line of each. They are prefetched as well, the scales of SCALES_AHEAD bytes of codes ahead. Tokens of a 1B shape
-with it over without, two kernels in one process on the same weights, 150 rounds: Q4_K_M 1.09, Q4_0 1.02, Q8_0 1.01-1.02,
-Q6_K 1.01-1.02; 4096 bytes: 1.07, 1.005, 1.0, 0.96. Codes of 4 bits, one line in each 256 bytes or more: 0.8-0.9.
+with it over without, two kernels in one process on the same weights, 150 rounds: Q4_K_M 1.09, Q4_0 1.02, Q8_0 and Q6_K
+1.01-1.02; 4096 bytes: 1.07, 1.005, 1.0, 0.96. Codes of 4 bits, one line in each 256 bytes or more: 0.8-0.9.
 """
 
 from __future__ import annotations
