@@ -17,9 +17,11 @@ read. Matvec of 5632 x 2048 from memory with it over without, Zen 4, 2 threads, 
 1.02-1.04. 2048 to 12288 bytes are alike; every second line only is worse than none (0.9).
 
 Scales and minima lie in streams of their own, whose pages last for many pages of codes: the processor waits for the
-first line of each. They are prefetched as well, the scales of SCALES_AHEAD bytes of codes ahead. Tokens of a 1B shape
-with it over without, two kernels in one process on the same weights, 150 rounds: Q4_K_M 1.09, Q4_0 1.02, Q8_0 and Q6_K
-1.01-1.02; 4096 bytes: 1.07, 1.005, 1.0, 0.96. Codes of 4 bits, one line in each 256 bytes or more: 0.8-0.9.
+first line of each. They are prefetched as well, those of SCALES_EVERY chunks at a time, SCALES_AHEAD bytes of codes
+ahead. Tokens of a 1B shape with it over without, two kernels in one process on the same weights, 150 rounds: Q4_K_M
+1.09, Q8_0 and Q6_K 1.01-1.02; 4096 bytes: 1.07, 1.0, 0.96. Matvec of Q4_0 from memory: 1.06 a chunk at a time, 1.14 by
+two, 1.19-1.24 by eight (61 GB/s on two threads), MXFP4 1.04, NVFP4 and NF4 1.09. Codes of 4 bits, one line in each 256
+bytes or more: 0.8-0.9; other codes by two chunks at a time instead of one: Q6_K 0.82, Q5_K 0.86, Q8_0 0.96.
 """
 
 from __future__ import annotations
@@ -73,6 +75,7 @@ from .words import (
 
 AHEAD = 3072  # bytes
 SCALES_AHEAD = 1536  # bytes of codes whose scales are prefetched
+SCALES_EVERY = 8  # chunks
 NUMBER_NBYTES = (4, 2, 2, 1, 1)  # of each kind of number (see `load_number`)
 
 
@@ -104,8 +107,9 @@ def by_pairs(
     block_step = 2 * d_step if small else d_step
     ahead = tokens == 1 and not _follows(code_step)
     min_step = {0: scale_step, 4: 0, 6: scale_step // 2}[joined]
-    far = -(-SCALES_AHEAD // (code_step * chunks))
+    far, every = -(-SCALES_AHEAD // (code_step * chunks)), max(1, SCALES_EVERY // chunks)  # in blocks
     far_d, far_scale, far_min = far * block_step, far * scale_step, far * min_step
+    every_d, every_scale, every_min = every * block_step, every * scale_step, every * min_step
     sum_step, start_step = (8 if halves else 4), (4 * (8 // span) if started else 0)
 
     def packed(args, item, worker):
@@ -126,15 +130,15 @@ def by_pairs(
                 start = get_i64(args + STARTS) + first * cols // 32 * start_step
                 sums = get_i64(args + SUMS) + first * cols // 32 * sum_step
                 acc = zeros_f32(tokens)
-                for _ in range(cols // 32 // chunks):
-                    if tokens == 1:
-                        prefetch_ahead(at_d, far_d, block_step)
+                for b in range(cols // 32 // chunks):
+                    if tokens == 1 and b % every == 0:
+                        prefetch_ahead(at_d, far_d, every_d)
                         if scaled:
-                            prefetch_ahead(at_scale, far_scale, scale_step)
+                            prefetch_ahead(at_scale, far_scale, every_scale)
                         if minimum:
-                            prefetch_ahead(at_dmin, far_d, block_step)
+                            prefetch_ahead(at_dmin, far_d, every_d)
                         if minimum == 2 and min_step:
-                            prefetch_ahead(at_min, far_min, min_step)
+                            prefetch_ahead(at_min, far_min, every_min)
                     d = load_number(at_d, number)
                     for c in range(chunks):
                         if ahead:
@@ -221,8 +225,9 @@ def by_fours(
     block_step = 2 * d_step if small else d_step
     ahead = tokens == 1 and not _follows(code_step)
     min_step = {0: scale_step, 4: 0, 6: scale_step // 2}[joined]
-    far = -(-SCALES_AHEAD // (code_step * chunks))
+    far, every = -(-SCALES_AHEAD // (code_step * chunks)), max(1, SCALES_EVERY // chunks)  # in blocks
     far_d, far_scale, far_min = far * block_step, far * scale_step, far * min_step
+    every_d, every_scale, every_min = every * block_step, every * scale_step, every * min_step
     sum_step, start_step = 4 * units, (4 * units if started else 0)
 
     def packed(args, item, worker):
@@ -242,15 +247,15 @@ def by_fours(
                 start = get_i64(args + STARTS) + first * cols // 32 * start_step
                 sums = get_i64(args + SUMS) + first * cols // 32 * sum_step
                 acc = zeros_f32(tokens)
-                for _ in range(cols // 32 // chunks):
-                    if tokens == 1:
-                        prefetch_ahead(at_d, far_d, block_step)
+                for b in range(cols // 32 // chunks):
+                    if tokens == 1 and b % every == 0:
+                        prefetch_ahead(at_d, far_d, every_d)
                         if scaled:
-                            prefetch_ahead(at_scale, far_scale, scale_step)
+                            prefetch_ahead(at_scale, far_scale, every_scale)
                         if minimum:
-                            prefetch_ahead(at_dmin, far_d, block_step)
+                            prefetch_ahead(at_dmin, far_d, every_d)
                         if minimum == 2 and min_step:
-                            prefetch_ahead(at_min, far_min, min_step)
+                            prefetch_ahead(at_min, far_min, every_min)
                     d = load_number(at_d, number)
                     for c in range(chunks):
                         if ahead:
