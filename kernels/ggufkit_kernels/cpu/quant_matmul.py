@@ -10,18 +10,19 @@ Two ways, by what the processor has (`FAMILY.dot`):
 - `by_pairs` (AVX2, AVX-512 without VNNI, anything): `vpmaddubsw` adds two products into an int16. They are summed as
   far as they fit, then `vpmaddwd` with the integer scale brings them into int32 for free.
 
-One token reads each weight once, as fast as memory gives it. The processor's own prefetching follows steps of 256
-bytes (4 bits in 16 lanes) by itself; with others it falls behind, and code is prefetched `AHEAD` bytes before it is
-read. Matvec of 5632 x 2048 from memory with it over without, Zen 4, 2 threads, median of 120 pairs: Q5_K 1.41, Q6_K
-1.37-1.54, Q5_0 1.20, Q8_0 1.15, Q3_K 1.05, Q2_K 1.03, Q4_K 0.94, F16 0.95; AVX2's 8 lanes: Q6_K 1.09, Q8_0 1.05, others
-1.02-1.04. 2048 to 12288 bytes are alike; every second line only is worse than none (0.9).
+One token reads each weight once, as fast as memory gives it. The processor's own prefetching does that if it sees
+addresses rise; LLVM, left to itself, reads the last vector of a chunk second. So the vectors of codes are read in
+order, and nothing else prefetches them. Matvec of 5632 x 2048 from memory over the kernel before, which prefetched 3 KB
+ahead (without, it took up to twice the time), Zen 4, 2 threads, 50 to 100 rounds in one process: Q8_0 1.09-1.31, Q6_K
+1.24-1.33, Q5_0 and Q5_1 1.26, Q5_K 1.03-1.12; with AVX2's 8 lanes Q8_0 1.17, Q6_K 1.04. Chunks of less than FOLLOWED
+bytes are prefetched: without it Q2_K 0.9-0.96, with 8 lanes Q4_0 0.85-0.95.
 
 Scales and minima lie in streams of their own, whose pages last for many pages of codes: the processor waits for the
 first line of each. They are prefetched as well, those of SCALES_EVERY chunks at a time, SCALES_AHEAD bytes of codes
 ahead. Tokens of a 1B shape with it over without, two kernels in one process on the same weights, 150 rounds: Q4_K_M
 1.09, Q8_0 and Q6_K 1.01-1.02; 4096 bytes: 1.07, 1.0, 0.96. Matvec of Q4_0 from memory: 1.06 a chunk at a time, 1.14 by
 two, 1.19-1.24 by eight (61 GB/s on two threads), MXFP4 1.04, NVFP4 and NF4 1.09. Codes of 4 bits, one line in each 256
-bytes or more: 0.8-0.9; other codes by two chunks at a time instead of one: Q6_K 0.82, Q5_K 0.86, Q8_0 0.96.
+bytes or more: 0.8-0.9.
 """
 
 from __future__ import annotations
@@ -74,14 +75,10 @@ from .words import (
 )
 
 AHEAD = 3072  # bytes
+FOLLOWED = 192  # bytes a chunk, from which on the processor's prefetching keeps up
 SCALES_AHEAD = 1536  # bytes of codes whose scales are prefetched
 SCALES_EVERY = 8  # chunks
 NUMBER_NBYTES = (4, 2, 2, 1, 1)  # of each kind of number (see `load_number`)
-
-
-def _follows(code_step: int) -> bool:
-    """Whether the processor's prefetching follows codes by itself."""
-    return LANES == 16 and code_step == 256
 
 
 @family
@@ -105,7 +102,8 @@ def by_pairs(
     quads, d_step = (4 if halves else 8), LANES * NUMBER_NBYTES[number]
     code_step, scale_step = bits * 4 * LANES, LANES * (block // group)
     block_step = 2 * d_step if small else d_step
-    ahead = tokens == 1 and not _follows(code_step)
+    ahead = tokens == 1 and code_step < FOLLOWED
+    streamed = 1 if tokens == 1 and not ahead else 0
     min_step = {0: scale_step, 4: 0, 6: scale_step // 2}[joined]
     far, every = -(-SCALES_AHEAD // (code_step * chunks)), max(1, SCALES_EVERY // chunks)  # in blocks
     far_d, far_scale, far_min = far * block_step, far * scale_step, far * min_step
@@ -143,7 +141,7 @@ def by_pairs(
                     for c in range(chunks):
                         if ahead:
                             prefetch_ahead(code, AHEAD, code_step)
-                        planes = load_codes(code, bits)
+                        planes = load_codes(code, bits, streamed)
                         total = zeros_i32(tokens)
                         if scaled:
                             scale = load_scale(at_scale, at_min, c // group_chunks * (1 + halves), scaled, joined)
@@ -223,7 +221,8 @@ def by_fours(
     quads, d_step = 8 // units, LANES * NUMBER_NBYTES[number]
     code_step, scale_step = bits * QUAD, LANES * (block // group)
     block_step = 2 * d_step if small else d_step
-    ahead = tokens == 1 and not _follows(code_step)
+    ahead = tokens == 1 and code_step < FOLLOWED
+    streamed = 1 if tokens == 1 and not ahead else 0
     min_step = {0: scale_step, 4: 0, 6: scale_step // 2}[joined]
     far, every = -(-SCALES_AHEAD // (code_step * chunks)), max(1, SCALES_EVERY // chunks)  # in blocks
     far_d, far_scale, far_min = far * block_step, far * scale_step, far * min_step
@@ -260,7 +259,7 @@ def by_fours(
                     for c in range(chunks):
                         if ahead:
                             prefetch_ahead(code, AHEAD, code_step)
-                        planes, group0 = load_codes(code, bits), c // group_chunks * units
+                        planes, group0 = load_codes(code, bits, streamed), c // group_chunks * units
                         scale = d
                         if scaled:
                             scale = mul_f32(d, float_i32(load_scale(at_scale, at_min, group0, scaled, joined)))

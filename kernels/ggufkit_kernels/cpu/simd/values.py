@@ -22,6 +22,7 @@ from .build import (
     float_to_half,
     fma,
     load,
+    load_ordered,
     number,
     offset,
     pick,
@@ -162,17 +163,17 @@ def load_minimum(typingctx: Any, scale_at: Any, at: Any, group: Any, joined: Any
 
 
 @intrinsic(prefer_literal=True)
-def load_codes(typingctx: Any, at: Any, bits: Any) -> Any:
-    """The bit planes of 32 inputs x LANES rows, `bits` (a constant) vectors."""
-    codes = Codes(bits.literal_value)
+def load_codes(typingctx: Any, at: Any, bits: Any, streamed: Any) -> Any:
+    """The bit planes of 32 inputs x LANES rows, `bits` vectors; `streamed` (both constants): read by rising address."""
+    codes, read = Codes(bits.literal_value), load_ordered if streamed.literal_value else load
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         out = ir.Constant(ir.ArrayType(VECTOR["u8"], codes.bits), ir.Undefined)
         for k in range(codes.bits):
-            out = builder.insert_value(out, load(builder, offset(builder, args[0], k * QUAD), VECTOR["u8"]), k)
+            out = builder.insert_value(out, read(builder, offset(builder, args[0], k * QUAD), VECTOR["u8"]), k)
         return out
 
-    return codes(address, bits), codegen
+    return codes(address, bits, streamed), codegen
 
 
 # -- stores -------------------------------------------------------------------------------------------
