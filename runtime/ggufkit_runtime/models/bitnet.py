@@ -9,7 +9,7 @@ Source: arXiv 2402.17764, and 2504.12285 (2B-4T).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,16 @@ from .base import TensorSpec
 from .decoder import Config, forward
 from .decoder import tensors as decoder_tensors
 
-__all__ = ["ARCH", "HF_CLASSES", "config_from_hf", "config_from_metadata", "forward", "metadata", "tensors"]
+__all__ = [
+    "ARCH",
+    "HF_CLASSES",
+    "config_from_hf",
+    "config_from_metadata",
+    "forward",
+    "hf_settings",
+    "metadata",
+    "tensors",
+]
 
 ARCH = "bitnet"
 HF_CLASSES = ("BitNetForCausalLM", "BitnetForCausalLM")
@@ -38,6 +47,11 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
         return config
     note = "hidden_act = relu2: the file runs here; llama.cpp would load it and compute SiLU, which gives nonsense"
     return replace(config, notes=(*config.notes, note))
+
+
+def hf_settings(config: Config, names: Container[str]) -> dict[str, Any]:
+    """The settings of a config.json; `names` are the tensors of the file."""
+    return config.hf_settings(HF_CLASSES[0], ARCH, names)
 
 
 def metadata(config: Config) -> dict[str, Any]:
