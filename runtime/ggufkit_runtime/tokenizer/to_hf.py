@@ -185,10 +185,13 @@ def config(metadata: Mapping[str, Any], v: Vocabulary, types: list[int], ids: Ma
         out["add_prefix_space"] = False
     out |= {"add_bos_token": v.add_bos, "add_eos_token": v.add_eos}
     out |= {f"{name}_token": v.tokens[i] for name, i in ids.items()}
-    defined = [i for i, kind in enumerate(types) if kind == USER_DEFINED]
-    if v.kind == "llama" and defined:  # which tokenizer.model does not tell from others
-        flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": False}
-        out["added_tokens_decoder"] = {str(i): {"content": v.tokens[i], **flags} for i in defined}
+    if v.kind == "llama":  # what tokenizer.model does not tell from others: user-defined tokens, and blanks in tokens
+        flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+        out["added_tokens_decoder"] = {
+            str(i): {"content": v.tokens[i], **flags, "special": kind == CONTROL}
+            for i, kind in enumerate(types)
+            if kind == USER_DEFINED or (kind == CONTROL and " " in v.tokens[i])
+        }
     templates = chat_templates(metadata, v)
     if templates is not None:
         out["chat_template"] = templates
