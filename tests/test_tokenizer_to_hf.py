@@ -42,8 +42,8 @@ def newer(text: str) -> bool:
 
 
 def compare(keys: Any, library: tokenizers.Tokenizer, n: int, skip: Any = newer, least: float = 0.5) -> None:
-    """Ids of `n` strings. Special tokens are parsed: `tokenizers` always finds them. Of a byte without a token llama.cpp
-    remembers the place, and `tokenizers` does not. At least a share of `least` must be left to compare."""
+    """Ids of `n` strings. Special tokens are parsed: `tokenizers` always finds them. Of a byte without a token
+    llama.cpp remembers the place, and `tokenizers` does not. At least a share of `least` must be left to compare."""
     ours = tokenizer.from_metadata(keys)
     special = [ours.vocabulary.tokens[i] for i in ours.vocabulary.special[-10:]]
     missing = {

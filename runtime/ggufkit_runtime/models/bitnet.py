@@ -13,6 +13,8 @@ from collections.abc import Container, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from .base import TensorSpec
 from .decoder import Config, forward
 from .decoder import tensors as decoder_tensors
@@ -55,8 +57,15 @@ def hf_settings(config: Config, names: Container[str]) -> dict[str, Any]:
 
 
 def metadata(config: Config) -> dict[str, Any]:
-    """The GGUF keys; the activation only where it is not the one that everybody takes for granted."""
-    said = {} if config.activation == "silu" else {f"{ARCH}.hidden_activation": config.activation}
+    """The GGUF keys; the activation only where it is not the one that everybody takes for granted.
+
+    llama.cpp's converter says of every BitNet that its context is stretched, by 1.
+    """
+    said: dict[str, Any] = {}
+    if config.rope.scaling == "none":
+        said |= {f"{ARCH}.rope.scaling.type": "linear", f"{ARCH}.rope.scaling.factor": np.float32(1)}
+    if config.activation != "silu":
+        said[f"{ARCH}.hidden_activation"] = config.activation
     return config.metadata() | said
 
 

@@ -104,7 +104,7 @@ class Rope:
         rope = cls(
             n_rot=n_rot,
             base=keys.number("rope.freq_base", 10000.0),
-            scaling=scaling,
+            scaling="none" if (scaling, factor) == ("linear", 1.0) else scaling,
             factor=factor,
             n_ctx_orig=keys.integer("rope.scaling.original_context_length", n_ctx),
             ext_factor=keys.number("rope.scaling.yarn_ext_factor", None, positive=False),
