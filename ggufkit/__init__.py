@@ -5,6 +5,7 @@
     x = ggufkit.dequantize(q, "q4_k")
     m = ggufkit.load("model.gguf")             # m.generate, m.chat, m.logits, m.tokenizer
     ggufkit.convert("checkpoint/", "q4_k", "out.gguf")
+    ggufkit.export("out.gguf", "folder/")      # and back: safetensors, config.json, tokenizer
     a = ggufkit.affine.quantize(array, bits=8) # the textbook's scale and zero point
 
 Importing this package loads none of its parts, and not NumPy; they come when they are called.
@@ -26,12 +27,13 @@ if TYPE_CHECKING:
 
     from . import affine
     from .convert import Report
+    from .export import Report as Exported
     from .file import File
 
 __version__ = "0.1.0"
 __all__ = [
     "FormatError", "GgufkitError", "UnsupportedError", "UsageError",
-    "affine", "convert", "dequantize", "load", "open", "quantize",
+    "affine", "convert", "dequantize", "export", "load", "open", "quantize",
 ]  # fmt: skip
 
 
@@ -103,6 +105,19 @@ def convert(
     return run(source, type, output, **options)
 
 
+def export(
+    file: str | os.PathLike[str], output: str | os.PathLike[str], dtype: str = "bf16", **options: Any
+) -> Exported:
+    """Write the model in a GGUF file to the folder `output` as a Hugging Face checkpoint.
+
+    `dtype`: bf16, f16, f32, nf4, nf4_dq, fp4, fp4_dq or packed. Options: overwrite, shard_size, threads, progress. See
+    `ggufkit.export.export`. Returns the report: what each tensor became.
+    """
+    from .export import export as run
+
+    return run(file, output, dtype, **options)
+
+
 def __getattr__(name: str) -> Any:
     """`ggufkit.affine`, loaded when it is asked for."""
     if name == "affine":
@@ -113,10 +128,10 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(types.ModuleType):
-    """Keeps the functions `convert` and `quantize`: importing the subpackages of these names would replace them."""
+    """Keeps `convert`, `export` and `quantize` functions: importing subpackages of these names would replace them."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("convert", "quantize") or not isinstance(value, types.ModuleType):
+        if name not in ("convert", "export", "quantize") or not isinstance(value, types.ModuleType):
             super().__setattr__(name, value)
 
 

@@ -80,6 +80,18 @@ def test_every_weight_arrives(arch: str, said: Any, scale: float, s: float, type
     assert np.isfinite(logits).all() and logits.std() > 0
 
 
+def test_metadata_are_llama_cpps(tmp_path: Path) -> None:
+    """Its converter (conversion/bitnet.py) writes a rope scaling that changes nothing, behind the file type."""
+    folder, _ = make(tmp_path / "m", "bitnet", AUTO, 1.0, hidden_act="silu")
+    convert(folder, "f16", tmp_path / "out.gguf")
+    with gguf.open(tmp_path / "out.gguf") as f:
+        keys = [key for key in f.metadata if not key.startswith("tokenizer.")]
+        at = keys.index("general.file_type")
+        assert keys[at + 1 : at + 3] == ["bitnet.rope.scaling.type", "bitnet.rope.scaling.factor"]
+        assert f.metadata["bitnet.rope.scaling.type"] == "linear" and f.metadata["bitnet.rope.scaling.factor"] == 1
+        assert f.metadata.type_name("bitnet.rope.scaling.factor") == "FLOAT32"
+
+
 def test_weights_that_are_not_rounded_yet_are_rounded_as_the_network_does(tmp_path: Path) -> None:
     config = {"hidden_act": "silu"}
     folder = checkpoints.make(tmp_path / "m", "bitnet", layers=1, tied=True, config=config)

@@ -86,6 +86,34 @@ def test_a_million_random_blocks_decode_as_ggml_does(t, ggml):
         assert same_bits(t.decode(raw), ggml.dequantize(ggml_name(t.name), raw, t.block)), seed
 
 
+@pytest.mark.slow
+def test_a_million_random_blocks_of_q8_1_by_its_formula():
+    """ggml has no decoder for it: w = d * q, whatever s says."""
+    t = find("Q8_1")
+    for seed in range(50):
+        raw = random_blocks(t, 20_000, 100 + seed)
+        d, q = raw[:, :2].copy().view("<f2").astype(np.float32), raw[:, 4:].view(np.int8).astype(np.float32)
+        with np.errstate(all="ignore"):
+            assert same_bits(t.decode(raw), d * q), seed
+
+
+@pytest.mark.slow
+def test_a_million_random_blocks_of_nf4_by_its_formula():
+    """GGUF has no NF4, and so ggml has no decoder: w = d * levels[code], the first code in the high half of a byte."""
+    t = find("NF4")
+    levels = np.array([-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+                       -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+                       0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+                       0.7229568362236023, 1.0], np.float32)  # fmt: skip
+    for seed in range(50):
+        raw = np.random.default_rng(seed).integers(0, 256, (20_000, 36), dtype=np.uint8)
+        want = np.empty((len(raw), 64), np.float32)
+        with np.errstate(all="ignore"):
+            d = raw[:, :4].copy().view("<f4")
+            want[:, ::2], want[:, 1::2] = d * levels[raw[:, 4:] >> 4], d * levels[raw[:, 4:] & 15]
+            assert same_bits(t.decode(raw), want), seed
+
+
 @pytest.mark.parametrize("t", BLOCKS, ids=str)
 def test_random_bytes_decode_as_plain_loops_do(t):
     raw = random_blocks(t, 60, seed=1)

@@ -74,6 +74,12 @@ class PackedTernary(Rows):
         return out
 
 
+def pack(codes: np.ndarray) -> np.ndarray:
+    """-1, 0 and 1, int8 (4 n, cols) -> uint8 (n, cols): the four bands of n rows, the first in the lowest bits."""
+    bands = (codes + 1).astype(np.uint8).reshape(4, len(codes) // 4, codes.shape[1])
+    return bands[0] | bands[1] << np.uint8(2) | bands[2] << np.uint8(4) | bands[3] << np.uint8(6)
+
+
 class I2S(Rows):
     """bitnet.cpp's I2_S, as its converter writes it for x86: ternary codes of a whole tensor, and one scale.
 

@@ -38,6 +38,7 @@ from .blocks.nf4 import (
 from .errors import FormatError, UnsupportedError
 from .four_bit import F32, Maxima, four_bit_tensor, numbers
 from .gguf_strings import quote
+from .safetensors_writer import Planned
 from .tensor import Tensor
 
 STATE = ".quant_state.bitsandbytes__"
@@ -161,15 +162,35 @@ def encode(
     four = four_bit(KINDS[kind], LEVELS[kind], block)
     four.check_finite(flat)
     packed, maxima = encode_4bit(flat, four.levels, block)
-    state: dict[str, Any] = {"quant_type": kind, "blocksize": block, "dtype": dtype, "shape": list(x.shape)}
+    offset: Any = None
     out = {name: packed[:, None], f"{name}.absmax": maxima, f"{name}.quant_map": four.levels.copy()}
     if nested:
         codes, second, offset = encode_maxima(maxima)
         out |= {f"{name}.absmax": codes, f"{name}.nested_absmax": second}
         out[f"{name}.nested_quant_map"] = dynamic_map().copy()
-        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": float(offset)}
-    out[f"{name}{STATE}{kind}"] = np.frombuffer(json.dumps(state).encode(), np.uint8).copy()
+    out[f"{name}{STATE}{kind}"] = np.frombuffer(state(kind, x.shape, block, dtype, offset), np.uint8).copy()
     return out
+
+
+def planned(name: str, shape: tuple[int, ...], kind: str, nested: bool, block: int = BLOCK) -> list[Planned]:
+    """The tensors that stand for a matrix of that shape, as `encode` makes them; the JSON text is open."""
+    n = math.prod(shape)
+    blocks = -(-n // block)
+    found = [Planned(name, "U8", (-(-n // 2), 1)), Planned(f"{name}.quant_map", "F32", (16,))]
+    found.append(Planned(f"{name}.absmax", "U8" if nested else "F32", (blocks,)))
+    if nested:
+        found.append(Planned(f"{name}.nested_absmax", "F32", (-(-blocks // NESTED_BLOCK),)))
+        found.append(Planned(f"{name}.nested_quant_map", "F32", (256,)))
+    longest = len(state(kind, shape, block, "bfloat16", -1.2345678901234567e-300 if nested else None))
+    return [*found, Planned(f"{name}{STATE}{kind}", "U8", (longest,), is_open=True)]
+
+
+def state(kind: str, shape: tuple[int, ...], block: int, dtype: str, offset: float | None = None) -> bytes:
+    """The JSON text beside a matrix; `offset` is that of nested maxima."""
+    said: dict[str, Any] = {"quant_type": kind, "blocksize": block, "dtype": dtype, "shape": list(shape)}
+    if offset is not None:
+        said |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": float(offset)}
+    return json.dumps(said).encode()
 
 
 # -- eight bits --------------------------------------------------------------------------------------

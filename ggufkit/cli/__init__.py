@@ -18,6 +18,7 @@ COMMANDS = {
     "convert": "Convert a checkpoint or a GGUF file to a file type.",
     "run": "Generate text, or chat.",
     "inspect": "Show the metadata and tensors of a GGUF file.",
+    "export": "Write a GGUF file as a Hugging Face checkpoint.",
     "diff": "Compare two GGUF files.",
     "types": "List all tensor types and file types.",
     "tokenize": "Show the token ids of a text.",

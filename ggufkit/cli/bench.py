@@ -33,9 +33,10 @@ from . import screen
 def command(model: str | None, hf: str | None, n_prompt: int, n_gen: int, repetitions: int, threads: int | None,
             device: str, as_json: bool) -> None:  # fmt: skip
     """Time reading a prompt (pp) and generating (tg), as llama-bench does."""
+    from ggufkit_formats import gguf
     from ggufkit_runtime import evaluate
 
-    from ..quantize import file_types
+    from ..quantize import named
 
     if n_prompt == n_gen == 0:
         raise UsageError("nothing to measure: -p and -n are both 0")
@@ -49,7 +50,8 @@ def command(model: str | None, hf: str | None, n_prompt: int, n_gen: int, repeti
 
         results = evaluate.bench(loaded, n_prompt, n_gen, repetitions, progress)
     info = loaded.info
-    file_type = None if info.file_type is None else file_types.by_id(info.file_type)
+    with gguf.open(info.path) as file:
+        file_type = named.file_type(file)
     document = {
         "model": info.name,
         "type": file_type.name if file_type else info.main_type,

@@ -137,6 +137,8 @@ def _print_value(metadata: Metadata, key: str) -> None:
 
 
 def _print_all(opened: GgufFile, no_tensors: bool, full: bool) -> None:
+    from ..quantize import named
+
     tty = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if tty else math.inf
     summary = _summary(opened)
@@ -160,6 +162,8 @@ def _print_all(opened: GgufFile, no_tensors: bool, full: bool) -> None:
         f"{screen.size(summary['n_bytes'])}, {summary['bits_per_weight']:.2f} bits per weight\n"
     )
     write(f"{types}\n" if types else "")
+    file_type = named.file_type(opened)
+    write(f"file type {file_type.name}\n" if file_type is not None else "")
 
 
 def _tensor_table(tensors: list[Tensor], width: float) -> str:

@@ -19,7 +19,7 @@ from .job import Input
 CONFIG = "quantization_config"
 
 # A scale that divides is 1 / mean |w|, some 20 to 100 in networks there are; one that multiplies is 2 or less.
-_LEAST_DIVISOR, _LARGEST_FACTOR = 4.0, 10.0
+LEAST_DIVISOR, LARGEST_FACTOR = 4.0, 10.0
 
 
 def is_packed(settings: Mapping[str, Any]) -> bool:
@@ -75,7 +75,7 @@ def _scale(tensor: Tensor, divides: bool, where: str) -> float:
     value = np.float32(tensor.dequantize().reshape(-1)[0])
     if not np.isfinite(value) or value <= 0:
         raise FormatError(f"{where}: tensor {tensor.name!r} is {value:g}, which is no scale")
-    if value < _LEAST_DIVISOR if divides else value > _LARGEST_FACTOR:
+    if value < LEAST_DIVISOR if divides else value > LARGEST_FACTOR:
         does, other = ("divides", "multiplies") if divides else ("multiplies", "divides")
         raise UnsupportedError(
             f"{where}: tensor {tensor.name!r} is {value:g}, but config.json says that it {does}, and so it looks like "

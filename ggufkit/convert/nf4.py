@@ -7,7 +7,6 @@ them are kept until the codes are written, 4 bytes for each 64 weights of one te
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +21,7 @@ from ggufkit_formats.gguf import Planned
 from ggufkit_runtime.models import permuted_rows
 
 from ..quantize.rules import Choice
+from .collected import Collected, Once
 from .job import Input
 
 NAME = "NF4"
@@ -36,6 +36,7 @@ class Codebook:
     kind: FourBitType
     nested: bool
     nested_levels: np.ndarray
+    mixed: bool  # the source has nested maxima: those that are F32 there are so because they could not stay nested
 
     def metadata(self) -> dict[str, Any]:
         return nf4_tensors.metadata(self.kind, self.nested_levels if self.nested else None)
@@ -48,7 +49,7 @@ def codebook(inputs: list[Input], nested: bool) -> Codebook:
     assert isinstance(usual, FourBitType)
     kind = sources[0].four_bit if sources else usual
     maps = [source.maxima.levels for source in sources if source.maxima.levels is not None]
-    return Codebook(kind, nested, maps[0] if maps else dynamic_map())
+    return Codebook(kind, nested, maps[0] if maps else dynamic_map(), bool(maps))
 
 
 def _source(each: Input) -> FourBitTensor | None:
@@ -81,8 +82,10 @@ class Nf4Output:
     def of(cls, each: Input, book: Codebook) -> Nf4Output:
         source = _source(each)
         copied = source is not None and source.four_bit is book.kind
-        regrouped = copied and source is not None and source.maxima.is_nested and bool(each.head_rows)
-        return cls(each, book, book.nested and not regrouped)
+        if not copied or source is None:
+            return cls(each, book, book.nested)
+        kept = each.head_rows > 0 if source.maxima.is_nested else book.mixed
+        return cls(each, book, book.nested and not kept)
 
     @property
     def keeps_maxima(self) -> bool:
@@ -143,7 +146,7 @@ class Nf4Output:
         unit = math.lcm(max(1, each.head_rows), kind.block // math.gcd(kind.block, cols))  # whole blocks
         step = max(unit, weights // max(1, cols) // unit * unit)
         starts = range(0, rows, step)
-        collected = _Collected(len(starts))
+        collected = Collected(len(starts))
 
         def codes(i: int, start: int, stop: int) -> np.ndarray:
             with collected.part(i):
@@ -162,7 +165,7 @@ class Nf4Output:
         if not self.nested:
             yield parts[1], nbytes, lambda: nf4_tensors.encode_absmax(maxima(), False)[0]
             return
-        both = _Once(lambda: nf4_tensors.encode_absmax(maxima(), True, self.book.nested_levels))
+        both = Once(lambda: nf4_tensors.encode_absmax(maxima(), True, self.book.nested_levels))
         yield parts[1], nbytes, lambda: both()[0]
         yield parts[2], 0, lambda: both()[1]
 
@@ -171,46 +174,3 @@ def _finite(maxima: Any) -> Any:
     if not np.isfinite(maxima).all():
         raise FormatError("maxima of blocks that are NaN or infinite")
     return maxima
-
-
-class _Collected:
-    """Maxima of a tensor's slabs, which workers make at the same time."""
-
-    def __init__(self, n: int):
-        self.found: list[np.ndarray] = [np.empty(0, np.float32)] * n
-        self._done = [threading.Event() for _ in range(n)]
-
-    def part(self, i: int) -> _Part:
-        return _Part(self._done[i])
-
-    def all(self) -> np.ndarray:
-        """All of them in order. Waits for slabs that other workers are at; all were begun before this is called."""
-        for done in self._done:
-            done.wait()
-        return np.concatenate(self.found)
-
-
-class _Part:
-    """Marks a slab as done, failed or not: nobody may wait for ever."""
-
-    def __init__(self, done: threading.Event):
-        self._done = done
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *exc: object) -> None:
-        self._done.set()
-
-
-class _Once:
-    """A value that several workers want, made by the first."""
-
-    def __init__(self, make: Callable[[], Any]):
-        self._make, self._value, self._lock = make, None, threading.Lock()
-
-    def __call__(self) -> Any:
-        with self._lock:
-            if self._value is None:
-                self._value = self._make()
-            return self._value

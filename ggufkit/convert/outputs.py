@@ -49,7 +49,7 @@ def of(job: Job, choices: Mapping[str, Choice], nested: bool) -> Outputs:
     found = [each.nf4 for each in tensors if each.nf4 is not None]
     kept = sum(each.keeps_maxima for each in found)
     if kept:
-        job.notes.append(f"{kept} tensors whose rows are reordered get the maxima of their blocks as F32, unchanged")
+        job.notes.append(f"{kept} tensors keep the maxima of their blocks as F32, unchanged")
     return Outputs(tensors, book.metadata() if found else {})
 
 

@@ -6,11 +6,13 @@ slabs in flight. Slabs are read with pread: mapped pages would count as the proc
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from ggufkit_formats.blocks import TensorType
@@ -29,6 +31,7 @@ LARGEST = 1 << 22  # weights in a slab; more gains nothing
 
 _LARGEST_FINITE = {"F16": 0x7BFF, "BF16": 0x7F7F}  # bits without the sign
 
+K = TypeVar("K")
 Progress = Callable[[int, int], None]  # bytes of the source done, bytes in all
 Step = Callable[[], np.ndarray]
 Importance = Callable[[str, tuple[int, ...]], np.ndarray | None]  # name, shape -> (matrices, cols), if there is any
@@ -51,26 +54,28 @@ def write(
     done = 0
     # with importance a weight takes as much again, for the weights of its errors
     weights = slab_weights(threads) if importance is None else slab_weights(threads) // 2
-    waiting: deque[tuple[Planned, int, Future[np.ndarray]]] = deque()
+    with contextlib.closing(in_order(_steps(outputs, planned, weights, importance, method), threads)) as made:
+        for plan, nbytes, data in made:
+            writer.write(plan.name, data)
+            done += nbytes
+            if progress is not None:
+                progress(done, total)
+
+
+def in_order(steps: Iterable[tuple[K, int, Step]], threads: int) -> Generator[tuple[K, int, np.ndarray], None, None]:
+    """(key, bytes of the source, what the step made) of each step, in their order; threads work ahead, a little."""
+    waiting: deque[tuple[K, int, Future[np.ndarray]]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="convert")
     try:
-        for plan, nbytes, step in _steps(outputs, planned, weights, importance, method):
-            waiting.append((plan, nbytes, pool.submit(step)))
+        for key, nbytes, step in steps:
+            waiting.append((key, nbytes, pool.submit(step)))
             while len(waiting) > threads + 1:
-                done = _take(waiting, writer, done, total, progress)
-        while waiting:
-            done = _take(waiting, writer, done, total, progress)
+                key, nbytes, future = waiting.popleft()
+                yield key, nbytes, future.result()
+        for key, nbytes, future in waiting:
+            yield key, nbytes, future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _take(waiting: deque[tuple[Planned, int, Future[np.ndarray]]], writer: Writer, done: int, total: int,
-          progress: Progress | None) -> int:  # fmt: skip
-    plan, nbytes, future = waiting.popleft()
-    writer.write(plan.name, future.result())
-    if progress is not None:
-        progress(done + nbytes, total)
-    return done + nbytes
 
 
 def slab_weights(threads: int) -> int:

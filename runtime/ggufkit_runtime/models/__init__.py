@@ -1,5 +1,6 @@
 """Architectures, one file each. A module has ARCH, HF_CLASSES, config_from_metadata, config_from_hf, metadata,
-tensors and forward; it imports formats only and is handed its backend. To add one, write the file and name it here.
+hf_settings, tensors and forward; it imports formats only and is handed its backend. To add one, write the file and
+name it here.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from ggufkit_formats.errors import UnsupportedError
 from ggufkit_formats.gguf_strings import quote
 
 from . import bitnet, llama, qwen2, qwen3
-from .base import TensorSpec, permuted_rows
+from .base import TensorSpec, permuted_rows, restored_rows
 
-__all__ = ["MODELS", "TensorSpec", "by_arch", "by_hf_class", "permuted_rows"]
+__all__ = ["MODELS", "TensorSpec", "by_arch", "by_hf_class", "permuted_rows", "restored_rows"]
 
 MODELS: tuple[ModuleType, ...] = (llama, qwen2, qwen3, bitnet)
 

@@ -50,6 +50,16 @@ def permuted_rows(n_rows: int, n_heads: int) -> np.ndarray:
     return np.arange(n_rows).reshape(n_heads, 2, n_rows // n_heads // 2).swapaxes(1, 2).reshape(-1)
 
 
+def restored_rows(n_rows: int, n_heads: int) -> np.ndarray:
+    """The way back of `permuted_rows`: row j of the checkpoint's tensor is row `restored_rows(…)[j]` of GGUF's."""
+    return np.argsort(permuted_rows(n_rows, n_heads))
+
+
+def plain(value: float) -> float:
+    """A setting that was held as float32 as people write it: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
 class Keys:
     """Reads settings from GGUF metadata or a config.json; everything that is read is checked and remembered."""
 

@@ -9,15 +9,26 @@ Source: arXiv 2402.17764, and 2504.12285 (2B-4T).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from .base import TensorSpec
 from .decoder import Config, forward
 from .decoder import tensors as decoder_tensors
 
-__all__ = ["ARCH", "HF_CLASSES", "config_from_hf", "config_from_metadata", "forward", "metadata", "tensors"]
+__all__ = [
+    "ARCH",
+    "HF_CLASSES",
+    "config_from_hf",
+    "config_from_metadata",
+    "forward",
+    "hf_settings",
+    "metadata",
+    "tensors",
+]
 
 ARCH = "bitnet"
 HF_CLASSES = ("BitNetForCausalLM", "BitnetForCausalLM")
@@ -40,9 +51,21 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
     return replace(config, notes=(*config.notes, note))
 
 
+def hf_settings(config: Config, names: Container[str]) -> dict[str, Any]:
+    """The settings of a config.json; `names` are the tensors of the file."""
+    return config.hf_settings(HF_CLASSES[0], ARCH, names)
+
+
 def metadata(config: Config) -> dict[str, Any]:
-    """The GGUF keys; the activation only where it is not the one that everybody takes for granted."""
-    said = {} if config.activation == "silu" else {f"{ARCH}.hidden_activation": config.activation}
+    """The GGUF keys; the activation only where it is not the one that everybody takes for granted.
+
+    llama.cpp's converter says of every BitNet that its context is stretched, by 1.
+    """
+    said: dict[str, Any] = {}
+    if config.rope.scaling == "none":
+        said |= {f"{ARCH}.rope.scaling.type": "linear", f"{ARCH}.rope.scaling.factor": np.float32(1)}
+    if config.activation != "silu":
+        said[f"{ARCH}.hidden_activation"] = config.activation
     return config.metadata() | said
 
 

@@ -6,14 +6,14 @@ so there is one forward. An architecture file names the features, its Hugging Fa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from ggufkit_formats.errors import FormatError, UnsupportedError
 
-from .base import Keys, TensorSpec, shown
+from .base import Keys, TensorSpec, plain, shown
 from .rope import Rope
 
 # Settings of config.json that change the network and that no architecture here has, with the harmless values.
@@ -34,6 +34,12 @@ _REFUSED_HF: dict[str, tuple[Any, ...]] = {
     "use_qk_norm": (None, False),
 }
 
+
+# A setting of config.json, and the matrices that have a bias where it is true
+_HF_BIASES = {
+    "attention_bias": ("attn_q", "attn_k", "attn_v", "attn_output"),
+    "mlp_bias": ("ffn_gate", "ffn_up", "ffn_down"),
+}
 
 # Bounds on what a file may claim, far above any real network: they keep tables and frequencies small.
 _MAX_LAYERS, _MAX_HEADS, _MAX_HEAD_DIM = 10_000, 65_536, 65_536
@@ -94,6 +100,7 @@ class Config:
             eps=keys.number("attention.layer_norm_rms_epsilon"),
             rope=Rope.from_keys(keys, head_dim, n_ctx),
             activation=_activation(keys, "hidden_activation", activations, activations[0]),
+            explicit_head_dim=f"{arch}.attention.key_length" in metadata,
             **features,
         )
         keys.must_be("attention.value_length", head_dim, default=head_dim)
@@ -175,6 +182,50 @@ class Config:
         if self.explicit_head_dim:
             keys["attention.key_length"] = keys["attention.value_length"] = u32(self.head_dim)
         return {f"{self.arch}.{key}": value for key, value in keys.items()}
+
+    def hf_settings(self, hf_class: str, model_type: str, names: Container[str]) -> dict[str, Any]:
+        """The settings of a config.json that mean this network. `names` are the tensors that its file holds.
+
+        UnsupportedError for what transformers has no setting for: biases at some matrices of a group only, and some
+        ways to stretch the context.
+        """
+        out: dict[str, Any] = {
+            "architectures": [hf_class],
+            "model_type": model_type,
+            "hidden_size": self.dim,
+            "intermediate_size": self.n_ffn,
+            "num_hidden_layers": self.n_layers,
+            "num_attention_heads": self.n_heads,
+            "num_key_value_heads": self.n_kv_heads,
+        }
+        if self.explicit_head_dim or self.head_dim * self.n_heads != self.dim:
+            out["head_dim"] = self.head_dim
+        return out | {
+            "hidden_act": self.activation,
+            "max_position_embeddings": self.n_ctx_train,
+            "rms_norm_eps": plain(self.eps),
+            **self.rope.hf_settings(),
+            "vocab_size": self.n_vocab,
+            "tie_word_embeddings": "output.weight" not in names,
+            **self._hf_biases(names),
+        }
+
+    def _hf_biases(self, names: Container[str]) -> dict[str, bool]:
+        """Whether there are biases, where an architecture may have them or not."""
+        optional = (self.qkv_bias is None, self.other_bias is None)
+        out: dict[str, bool] = {}
+        for key, matrices, asked in zip(_HF_BIASES, _HF_BIASES.values(), optional, strict=True):
+            if not asked:
+                continue
+            all_of = [f"blk.{i}.{name}.bias" for i in range(self.n_layers) for name in matrices]
+            found = [name for name in all_of if name in names]
+            if found and len(found) < len(all_of):
+                missing = next(name for name in all_of if name not in names)
+                raise UnsupportedError(
+                    f"{found[0]!r} is there and {missing!r} is not: config.json has one {key} for all"
+                )
+            out[key] = bool(found)
+        return out
 
 
 def _activation(keys: Keys, key: str, known: tuple[str, ...], default: str) -> str:

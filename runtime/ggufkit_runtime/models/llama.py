@@ -5,7 +5,7 @@ Source: Llama 2 (arXiv 2307.09288), Llama 3 (arXiv 2407.21783), Mistral 7B (arXi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,16 @@ from ggufkit_formats.errors import UnsupportedError
 
 from .decoder import Config, forward, tensors
 
-__all__ = ["ARCH", "HF_CLASSES", "config_from_hf", "config_from_metadata", "forward", "metadata", "tensors"]
+__all__ = [
+    "ARCH",
+    "HF_CLASSES",
+    "config_from_hf",
+    "config_from_metadata",
+    "forward",
+    "hf_settings",
+    "metadata",
+    "tensors",
+]
 
 ARCH = "llama"
 HF_CLASSES = ("LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM")
@@ -29,6 +38,11 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
     if hf.get("pretraining_tp") not in (None, 0, 1) and hf.get("slow_but_exact"):
         raise UnsupportedError("config.json: slow_but_exact with pretraining_tp > 1 is not supported")
     return Config.from_hf(hf, ARCH, **_FEATURES)
+
+
+def hf_settings(config: Config, names: Container[str]) -> dict[str, Any]:
+    """The settings of a config.json; `names` are the tensors of the file."""
+    return config.hf_settings(HF_CLASSES[0], ARCH, names)
 
 
 def metadata(config: Config) -> dict[str, Any]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from ggufkit_formats.errors import FormatError, UnsupportedError
 
-from .base import Keys, shown
+from .base import Keys, plain, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class Rope:
         rope = cls(
             n_rot=n_rot,
             base=keys.number("rope.freq_base", 10000.0),
-            scaling=scaling,
+            scaling="none" if (scaling, factor) == ("linear", 1.0) else scaling,
             factor=factor,
             n_ctx_orig=keys.integer("rope.scaling.original_context_length", n_ctx),
             ext_factor=keys.number("rope.scaling.yarn_ext_factor", None, positive=False),
@@ -191,6 +191,79 @@ class Rope:
             )
         rope.check(keys.where)
         return rope
+
+    def hf_settings(self) -> dict[str, Any]:
+        """`rope_theta` and `rope_scaling` of a config.json. UnsupportedError for what transformers has no words for."""
+        return {"rope_theta": plain(self.base), "rope_scaling": self._hf_scaling()}
+
+    def _hf_scaling(self) -> dict[str, Any] | None:
+        if self.scaling == "yarn":
+            return self._hf_yarn()
+        if self.attn_factor != 1.0:
+            raise UnsupportedError(f"rope attn_factor {self.attn_factor:g} without YaRN: config.json cannot say it")
+        if self.llama3 is not None:
+            if self.scaling == "linear" and self.factor != 1.0:
+                raise UnsupportedError(
+                    "rope_freqs.weight with linear rope scaling: config.json has room for one of them"
+                )
+            factor, low, high, n_ctx = self.llama3
+            return {"rope_type": "llama3", "factor": plain(factor), "low_freq_factor": plain(low),
+                    "high_freq_factor": plain(high), "original_max_position_embeddings": n_ctx}  # fmt: skip
+        if self.scaling == "linear" and self.factor != 1.0:
+            return {"rope_type": "linear", "factor": plain(self.factor)}
+        return None
+
+    def _hf_yarn(self) -> dict[str, Any]:
+        if self.llama3 is not None or (self.ext_factor is not None and 0 <= self.ext_factor != 1):
+            raise UnsupportedError("YaRN with rope_freqs.weight or an ext_factor: config.json cannot say it")
+        out = {"rope_type": "yarn", "factor": plain(self.factor), "original_max_position_embeddings": self.n_ctx_orig}
+        said = {"extrapolation_factor": self.ext_factor, "beta_fast": self.beta_fast, "beta_slow": self.beta_slow}
+        out |= {key: plain(value) for key, value in said.items() if value is not None}
+        # attention_factor is all that multiplies cos and sin; GGUF has it whole under a name that is not heeded (see
+        # `from_hf`), and what it is beyond the usual factor.
+        whole, kept = yarn_scale(self.factor) * self.attn_factor, self.yarn_attn_factor
+        if kept is not None and abs(kept - whole) <= 1e-5 * whole:
+            out["attention_factor"] = plain(kept)
+        elif self.attn_factor != 1.0:
+            out["attention_factor"] = plain(whole)
+        return out
+
+    # -- Llama 3.1's factors -----------------------------------------------------------------------
+
+    def with_factors(self, factors: np.ndarray) -> Rope:
+        """With Llama 3.1's numbers for the values of `rope_freqs.weight` (n_rot / 2,): `llama3_factors` returns them.
+
+        The numbers are those of Llama 3.1 and 3.2 where these fit; else a low_freq_factor is tried, and the other two
+        follow from the factors between. UnsupportedError where no numbers give them.
+        """
+        factors = np.asarray(factors, np.float32)
+        largest = float(factors.max(initial=1))
+        if (factors == 1).all():
+            return self
+        for low, high, n_ctx in [(1.0, 4.0, 8192), *self._guesses(factors, largest)]:
+            if not (0 < low < high < 1e10 and 1 <= n_ctx < 1 << 31):
+                continue
+            found = replace(self, llama3=(largest, low, high, n_ctx))
+            made = found.llama3_factors()
+            if made is not None and np.allclose(made, factors, rtol=1e-6, atol=0):
+                return found
+        raise UnsupportedError("the values of rope_freqs.weight do not come from Llama 3.1's rope scaling")
+
+    def _guesses(self, factors: np.ndarray, largest: float) -> list[tuple[float, float, int]]:
+        """low, high and context that may have made the factors."""
+        turns = self.base ** (-np.arange(0, self.n_rot, 2) / self.n_rot) / (2 * math.pi)  # in a position
+        between = (factors > 1) & (factors < largest)
+        found = [(1.0, 4.0, 1 << bits) for bits in range(9, 24)]
+        if between.sum() < 2:
+            return found
+        # 1 / f = (1 - s) / largest + s, and s = (n_ctx * turns - low) / (high - low): a line over the turns
+        share = (1 / factors[between].astype(np.float64) - 1 / largest) / (1 - 1 / largest)
+        slope, at = np.polyfit(turns[between], share, 1)
+        if slope > 0 > at:
+            width = -1 / at  # high - low for low = 1; all three numbers may be multiplied
+            lows = (1.0, 2.0, 3.0, 4.0, 5.0, 0.5)
+            found += [(k, float(round(k * (1 + width), 3)), round(k * slope * width)) for k in lows]
+        return found
 
 
 def yarn_scale(factor: float) -> float:

@@ -8,6 +8,7 @@ string instead, which knows single checkpoints.)
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from ggufkit_formats.errors import FormatError, UnsupportedError
@@ -80,12 +81,43 @@ def pre_tokenizer(tokenizer: Mapping[str, Any], source: str) -> str:
         if model.get(key):
             raise UnsupportedError(f"{source}: a BPE with {key} {model[key]!r} is not supported")
     steps = tuple(s for part in flatten(tokenizer.get("pre_tokenizer"), "pretokenizers") for s in step(part, source))
-    name = STRUCTURES.get(steps)
+    name = STRUCTURES.get(steps) or by_patterns().get(steps)
     if name is None:
         raise UnsupportedError(f"{source}: unknown pre-tokenizer {describe(steps)}{nearest(steps)}")
     if name == "llama-bpe" and not model.get("ignore_merges"):
         return "smaug-bpe"  # the same cuts, without the rule that words which are tokens are not merged
     return name
+
+
+@cache
+def by_patterns() -> dict[tuple[Step, ...], str]:
+    """The structures that `written` makes of pre-tokenizers that no checkpoint in STRUCTURES has."""
+    return {patterns(pre): name for name, pre in reversed(pretokenizers.TABLE.items())}
+
+
+def patterns(pre: pretokenizers.PreTokenizer) -> tuple[Step, ...]:
+    return (*(("split", canonical(pattern)) for pattern in pre.patterns), BYTES)
+
+
+def written(pre: pretokenizers.PreTokenizer) -> dict[str, Any]:
+    """The `pre_tokenizer` of a tokenizer.json: that of the checkpoints it comes from, where they are known.
+
+    These may cut characters that are newer than llama.cpp's tables, or cased letters outside ASCII, as the model was
+    trained and not as llama.cpp does (docs/tokenizers.md has the list).
+    """
+    same = [name for name in STRUCTURES.values() if pretokenizers.TABLE[name].patterns == pre.patterns]
+    steps = next((steps for steps, name in STRUCTURES.items() if name in same), None) or patterns(pre)
+    joined = len(steps) > 1 and steps[-2:] == (("split", GPT2), BYTES)  # ByteLevel has this expression inside
+    parts = [as_json(step) for step in (steps[:-2] if joined else steps[:-1])]
+    parts.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": joined})
+    return parts[0] if len(parts) == 1 else {"type": "Sequence", "pretokenizers": parts}
+
+
+def as_json(step: Step) -> dict[str, Any]:
+    kind, value = step
+    if kind == "digits":
+        return {"type": "Digits", "individual_digits": value == "1"}
+    return {"type": "Split", "pattern": {"Regex": value}, "behavior": "Isolated", "invert": False}
 
 
 def flatten(part: Any, key: str) -> list[Mapping[str, Any]]:

@@ -1,13 +1,16 @@
-"""What `tokenizer.model` holds: pieces, scores and types of a SentencePiece model."""
+"""`tokenizer.model`: pieces, scores and types of a SentencePiece model, read and written."""
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ggufkit_formats.errors import FormatError, UnsupportedError
 
-from .vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED
+from .spm import varint
+from .vocabulary import BYTE, CONTROL, NORMAL, UNDEFINED, UNKNOWN, UNUSED
 
 ALGORITHMS = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
 
@@ -81,3 +84,51 @@ def fields(raw: bytes) -> list[tuple[int, int | bytes]]:
         out.append((key >> 3, raw[position : position + size]))
         position += size
     return out
+
+
+# -- writing -----------------------------------------------------------------------------------------
+
+# sentencepiece_model.proto: TrainerSpec has the id of a special piece under the first number, its text under the other
+SPECIAL = {"unk": (40, 45), "bos": (41, 46), "eos": (42, 47), "pad": (43, 48)}
+
+
+def serialized(
+    tokens: Sequence[str], scores: Sequence[float], types: Sequence[int], ids: Mapping[str, int | None], prefix: bool
+) -> bytes | None:
+    """A ModelProto (BPE) of the tokens with their types as in GGUF; None where SentencePiece has no such model.
+
+    It wants exactly one unknown piece, no piece twice, and all 256 bytes or none. `ids` are those of SPECIAL, `prefix`
+    says whether a blank is put before a text. Nothing is normalized.
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    if sum(kind == UNKNOWN for kind in types) != 1 or sum(kind == BYTE for kind in types) not in (0, 256):
+        return None
+    texts = [token.replace(" ", "▁") for token in tokens]
+    if len(set(texts)) < len(texts):
+        return None
+    parts: list[bytes] = []
+    for text, score, kind in zip(texts, scores, types, strict=True):
+        piece = message(1, text.encode()) + b"\x15" + struct.pack("<f", score)
+        parts.append(message(1, piece + (b"" if kind in (NORMAL, UNDEFINED) else integer(3, kind))))
+    trainer = integer(3, 2) + integer(4, len(texts)) + integer(35, int(BYTE in types))
+    for name, (number, text) in SPECIAL.items():
+        i = ids.get(name)
+        trainer += integer(number, -1 if i is None else i)
+        trainer += b"" if i is None else message(text, texts[i].encode())
+    normalizer = message(1, b"identity") + integer(3, int(prefix)) + integer(4, 0) + integer(5, 1)
+    model = b"".join([*parts, message(2, trainer), message(3, normalizer)])
+    try:
+        SentencePieceProcessor().LoadFromSerializedProto(model)
+    except Exception:  # whatever else it does not want
+        return None
+    return model
+
+
+def message(field: int, content: bytes) -> bytes:
+    """A field of bytes, text or a message."""
+    return varint(field << 3 | 2) + varint(len(content)) + content
+
+
+def integer(field: int, value: int) -> bytes:
+    return varint(field << 3) + varint(value & (1 << 64) - 1)
