@@ -106,6 +106,6 @@ def test_what_is_refused(tmp_path):
     data = bytearray(broken.read_bytes())
     data[at : at + 4] = np.float32(np.nan).tobytes()
     broken.write_bytes(data)
-    with pytest.raises(FormatError, match="blk.1.ffn_up.weight': NaN"):
+    with pytest.raises(FormatError, match=r"blk.1.ffn_up.weight': NaN"):
         rescale.write(broken, tmp_path / "c.gguf")
     assert not (tmp_path / "c.gguf").exists()

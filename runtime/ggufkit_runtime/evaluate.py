@@ -13,7 +13,6 @@ from ggufkit_formats.errors import UnsupportedError, UsageError
 
 from .generate import N_BATCH, Model
 
-
 Z95 = 1.959964  # standard errors to either side of a mean that 95 % of a normal distribution lie within
 
 
