@@ -96,7 +96,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def perplexity(
-    model: Model,
+    model: Predictor,
     text: str,
     n_ctx: int = 512,
     n_chunks: int | None = None,
