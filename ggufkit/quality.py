@@ -204,9 +204,12 @@ class Study:
         from .convert import convert
 
         s, target = self.settings, self.work / "model.gguf"
+        # what a file type leaves as it is would be F32 here, and is F16 when a checkpoint is converted
+        ends = "F16" if file_types.find(variant.type).output == file_types.KEPT else None
         try:
             report = convert(
                 source, variant.type, target, overwrite=True, imatrix=matrix if variant.importance else None,
+                output_tensor_type=ends, token_embedding_type=ends,
                 ternary=variant.ternary, measure=True, threads=s.threads,
                 progress=lambda *n: progress(f"{variant.label}: writing", *n),
             )  # fmt: skip

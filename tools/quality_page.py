@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,8 +29,14 @@ def line(result: Result) -> str:
 
 
 def divergence(result: Result | None) -> str:
-    """Mean KL with half the width of its 95 % interval."""
-    return "-" if result is None else f"{result['kl_mean']:.3g} ± {Z95 * result['kl_stderr']:.1g}"
+    """Mean KL with half the width of its 95 % interval, as many digits as that leaves."""
+    if result is None:
+        return "-"
+    mean, spread = result["kl_mean"], Z95 * result["kl_stderr"]
+    if mean < 1e-4 or not spread > 0:
+        return f"{mean:.2g} ± {spread:.1g}"
+    places = max(0, -math.floor(math.log10(spread)))
+    return f"{mean:.{places}f} ± {spread:.{places}f}"
 
 
 def rows(document: Mapping[str, Any]) -> Iterable[tuple[str, Result | None, Result | None, str]]:
@@ -57,7 +64,7 @@ def table(document: Mapping[str, Any]) -> str:
             lines.append(f"| {label} |" + " - |" * (len(HEADER) - 2) + f" not made: {why} |")
             continue
         fallen = f"{100 * result['fallback']:.0f} % to {', '.join(result['instead'])}" if result["instead"] else ""
-        top, off = f"{100 * result['same_top']:.1f} %", f"{100 * result['rel_rmse']:.3g} %"
+        top, off = f"{100 * result['same_top']:.1f} %", f"{100 * result['rel_rmse']:.2f} %"
         lines.append(_row(label, result["bits_per_weight"], result["n_bytes"], result, divergence(plain),
                           divergence(weighted), top, off, fallen))  # fmt: skip
     return "\n".join(lines)
@@ -93,6 +100,7 @@ FAMILIES = (  # prefix of the type's name, family, colour (Okabe and Ito's, whic
     (tuple(f"Q{n}_K" for n in range(2, 7)), "K types", "#D55E00"),
     (("Q",), "one scale a block", "#E69F00"),
 )
+SMALLEST = 1e-5  # divergences below are the rounding of the arithmetic: they would only stretch the picture
 TICKS = (1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 16)  # bits a weight
 
 
@@ -103,7 +111,10 @@ def can_plot() -> bool:
 def caption(document: Mapping[str, Any]) -> str:
     """What was compared, on what; a rescaled reference is said to be one."""
     n = document["reference"]["n_tokens"]
-    text = f"{n} tokens of {document['text']['name']} in windows of {document['ctx_size']}; bars: 95 % intervals"
+    text = f"{n} tokens of {document['text']['name']} in windows of {document['ctx_size']}; bars: 95 % intervals."
+    small = [label for label, plain, _, _ in rows(document) if plain is not None and plain["kl_mean"] < SMALLEST]
+    if small:
+        text += f" Not drawn, with less than {SMALLEST:g}: {', '.join(small)}."
     seed = document["rescale_seed"]
     if seed is None:
         return f"Reference: the model as F32. {text}"
@@ -118,14 +129,17 @@ def points(document: Mapping[str, Any]) -> list[tuple[str, Result, bool]]:
     """(label, result, whether it has importance); of a type that has both, the label stands at the lower one."""
     found = []
     for label, plain, weighted, _ in rows(document):
-        both = [(result, kind) for result, kind in ((plain, False), (weighted, True)) if result is not None]
+        both = [(r, kind) for r, kind in ((plain, False), (weighted, True)) if r and r["kl_mean"] >= SMALLEST]
         lowest = min((result["kl_mean"] for result, _ in both), default=0)
         found += [(label if result["kl_mean"] == lowest else "", result, kind) for result, kind in both]
     return found
 
 
-def plot(document: Mapping[str, Any], path: Path, title: str) -> None:
-    """KL divergence against bits a weight, both logarithmic; PNG or SVG, by the name's end."""
+def plot(document: Mapping[str, Any], path: Path, title: str) -> list[tuple[float, ...]]:
+    """KL divergence against bits a weight, both logarithmic; PNG or SVG, by the name's end.
+
+    Returns where the labels stand: (left, bottom, right, top), in pixels.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -143,14 +157,19 @@ def plot(document: Mapping[str, Any], path: Path, title: str) -> None:
              ylabel="mean KL divergence from the reference, nats per token")  # fmt: skip
     axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
     axes.minorticks_off()
+    bits = [result["bits_per_weight"] for _, result, _ in drawn]
+    axes.set_xlim(0.88 * min(bits), 1.14 * max(bits))
     axes.grid(alpha=0.3)
     axes.set_title(f"{title}: what each file type costs", loc="left", fontsize=14)
     _legend(axes, drawn)
     figure.supxlabel(caption(document), fontsize=8, x=0.01, ha="left")
     figure.canvas.draw()
-    _label(figure, axes, [(label, r["bits_per_weight"], r["kl_mean"], family(r["type"])[1]) for label, r, _ in drawn])
+    boxes = _label(
+        figure, axes, [(label, r["bits_per_weight"], r["kl_mean"], family(r["type"])[1]) for label, r, _ in drawn]
+    )
     figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
+    return boxes
 
 
 def family(type_name: str) -> tuple[str, str]:
@@ -173,13 +192,13 @@ def _legend(axes: Any, drawn: list[tuple[str, Result, bool]]) -> None:
     axes.legend(handles=handles, fontsize=9, loc="upper right")
 
 
-def _label(figure: Any, axes: Any, named: list[tuple[str, float, float, str]]) -> None:
+def _label(figure: Any, axes: Any, named: list[tuple[str, float, float, str]]) -> list[tuple[float, ...]]:
     """Names beside their points: each where it covers the fewest points and names, with a line where that is far."""
     at = axes.transData.transform([(x, y) for _, x, y, _ in named])
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in at]
     frame, legend = axes.get_window_extent(), axes.get_legend().get_window_extent()
     taken.append((legend.x0, legend.y0, legend.x1, legend.y1))
-    scale = figure.dpi / 72
+    scale, found = figure.dpi / 72, []
     for (text, x, y, colour), (px, py) in sorted(zip(named, at.tolist(), strict=True), key=lambda each: each[1][1]):
         if not text:
             continue
@@ -192,17 +211,19 @@ def _label(figure: Any, axes: Any, named: list[tuple[str, float, float, str]]) -
             low = py + dy * scale - height / 2
             boxes.append((left, low, left + width, low + height))
         outside = [b[0] < frame.x0 or b[1] < frame.y0 or b[2] > frame.x1 or b[3] > frame.y1 for b in boxes]
-        costs = [1e4 * out + sum(_overlap(box, other) for other in taken) + 0.02 * i
+        costs = [1e4 * out + sum(overlap(box, other) for other in taken) + 0.02 * i
                  for i, (box, out) in enumerate(zip(boxes, outside, strict=True))]  # fmt: skip
         best = costs.index(min(costs))
         taken.append(boxes[best])
+        found.append(boxes[best])
         dx, dy = places[best]
         far = {"arrowstyle": "-", "color": colour, "lw": 0.5, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3}
         axes.annotate(text, (x, y), (dx, dy), textcoords="offset points", fontsize=8, color=colour, va="center",
                       ha="left" if dx > 0 else "right" if dx < 0 else "center",
                       arrowprops=far if best >= 16 else None)  # fmt: skip
+    return found
 
 
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     """The area that two boxes (left, bottom, right, top) share."""
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
