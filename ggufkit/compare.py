@@ -1,4 +1,7 @@
-"""How far tensors are from one another: relative RMSE and largest difference, in slabs of bounded memory."""
+"""How far tensors are from one another: relative RMSE and largest difference, in slabs of bounded memory.
+
+The one place for that measure: `diff`, `convert --report` and `types` all take it from here.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from ggufkit_formats.blocks import UnknownType
+from ggufkit_formats.blocks import TensorType, UnknownType
 from ggufkit_formats.errors import UnsupportedError
 from ggufkit_formats.gguf import GgufFile
 from ggufkit_formats.tensor import Tensor
 
 SLAB_NBYTES = 32 << 20  # float32 bytes that are decoded at a time
+PIECE = 1 << 17  # values that are compared at a time: in double precision, they stay in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,11 @@ class Summed:
 
     def add(self, a: np.ndarray, b: np.ndarray) -> None:
         """Values a beside b, of the same shape."""
+        a, b = a.reshape(-1), b.reshape(-1)
+        for start in range(0, a.size, PIECE):
+            self._add(a[start : start + PIECE], b[start : start + PIECE])
+
+    def _add(self, a: np.ndarray, b: np.ndarray) -> None:
         with np.errstate(all="ignore"):
             off = a.astype(np.float64) - b
             off[(a == b) | (np.isnan(a) & np.isnan(b))] = 0
@@ -39,6 +48,20 @@ class Summed:
             self.difference += float(np.square(off).sum())
             self.reference += float(np.square(b, dtype=np.float64).sum())
             self.largest = float(np.maximum(self.largest, np.abs(off).max(initial=0)))  # NaN stays NaN
+
+    def add_encoded(self, kind: TensorType, raw: np.ndarray, x: np.ndarray, scale: float = 1.0) -> None:
+        """Rows of blocks of `kind`, uint8 (rows, bytes per row), times `scale`, beside x (rows, cols) float32, which
+        they were made from."""
+        step = max(1, PIECE // max(1, x.shape[-1]))
+        for start in range(0, len(x), step):
+            decoded = kind.decode(raw[start : start + step])
+            self.add(decoded if scale == 1 else decoded * np.float32(scale), x[start : start + step])
+
+    def merge(self, other: Summed) -> None:
+        """All that `other` has seen."""
+        self.difference += other.difference
+        self.reference += other.reference
+        self.largest = float(np.maximum(self.largest, other.largest))
 
     @property
     def distance(self) -> Distance:

@@ -6,14 +6,18 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
 
+import numpy as np
 import pytest
 import tiny_models
 from command_line import Terminal, control_characters, ggufkit, start
+from ggufkit_formats.errors import UsageError
 from ggufkit_runtime import evaluate, generate
+from ggufkit_runtime.recorded import Recorded
 
 from ggufkit.cli import progress, screen
 
@@ -48,11 +52,49 @@ def test_perplexity_against_a_reference(tiny, text, tmp_path):
     reference = tiny_models.write(tmp_path / "f32.gguf", type="F32")
     args = ("perplexity", "-m", tiny, "-f", text, "-c", "64", "--chunks", "2", "--against", reference)
     found = ggufkit(*args, "--json").json
-    keys = ["perplexity", "stderr", "n_tokens", "n_chunks", "kl_mean", "kl_stderr", "kl_p99", "same_top"]
+    keys = ["perplexity", "stderr", "n_tokens", "n_chunks", "kl_mean", "kl_stderr", "kl_p99", "same_top", "n_bytes",
+            "bits_per_weight"]  # fmt: skip
     assert list(found) == keys and all(isinstance(found[k], float) for k in keys if not k.startswith("n_"))
     assert 0 < found["kl_mean"] < found["kl_p99"] < 0.1 and 0.8 < found["same_top"] <= 1
-    done = ggufkit(*args)
-    assert done.out.count("\n") == 3 and "KL divergence" in done.out
+    summary = ggufkit("inspect", tiny, "--json").json["summary"]
+    assert found["n_bytes"] == summary["n_bytes"] and 8.4 < found["bits_per_weight"] < 9
+    assert round(found["bits_per_weight"], 4) == summary["bits_per_weight"]
+    lines = ggufkit(*args).out.splitlines()
+    kl, spread = found["kl_mean"], 1.96 * found["kl_stderr"]
+    shown = [float(n) for n in re.findall(r"\d+\.\d+", lines[1])]
+    assert len(lines) == 4 and lines[1].startswith("KL divergence") and "95 % confidence" in lines[1]
+    assert np.allclose(shown, [kl, kl - spread, kl + spread, found["kl_p99"]], atol=2e-6)
+    assert lines[2] == f"same top token {100 * found['same_top']:.2f} %"
+    assert lines[3].startswith(f"weights {found['n_bytes']} bytes (") and "bits per weight" in lines[3]
+
+
+def test_a_recorded_reference_says_what_the_model_said(tiny, text, tmp_path):
+    """Whatever the windows' lengths; another text was not recorded."""
+    reference = generate.load(tiny_models.write(tmp_path / "f32.gguf", type="F32"))
+    model = generate.load(tiny)
+    for n_ctx in (64, 41):
+        expected = evaluate.against(model, reference, text.read_text(), n_ctx, 3)
+        recorded = Recorded(reference, tmp_path / "logits")
+        told: list[int] = []
+        recorded.record(text.read_text(), n_ctx, 3, lambda done, total, told=told: told.append(done))
+        assert told == [1, 2, 3]
+        for _ in range(2):
+            assert evaluate.against(model, recorded, text.read_text(), n_ctx, 3) == expected
+        assert evaluate.perplexity(recorded, text.read_text(), n_ctx, 3) == evaluate.perplexity(
+            reference, text.read_text(), n_ctx, 3
+        )
+        with pytest.raises(UsageError, match="another text"):
+            evaluate.against(model, recorded, "Not to be. " * 40, n_ctx, 3)
+
+
+def test_recording_in_several_batches(tiny, text, tmp_path, monkeypatch):
+    for module in (evaluate, generate):
+        monkeypatch.setattr(module, "N_BATCH", 24)
+    model = generate.load(tiny)
+    recorded = Recorded(model, tmp_path / "logits")
+    recorded.record(text.read_text(), 64, 2)
+    _, divergence = evaluate.against(model, recorded, text.read_text(), 64, 2)
+    assert divergence.kl_mean == 0 and divergence.same_top == 1 and divergence.kl_interval == (0, 0)
 
 
 def test_perplexity_of_too_little(tiny, text, tmp_path):

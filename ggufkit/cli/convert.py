@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 @click.option("--imatrix", metavar="FILE", help="An importance matrix, from `ggufkit imatrix` or llama-imatrix.")
 @click.option("--ternary", type=click.Choice(["ggml", "absmean", "search"], case_sensitive=False), default="ggml",
               help="Scales of ternary types: ggml's (default), the tensor's mean magnitude, or searched.")  # fmt: skip
+@click.option("--report", is_flag=True, help="Measure the error of each tensor against its source.")
 @screen.threads_option
 @screen.json_option
 def command(
@@ -50,6 +51,7 @@ def command(
     pure: bool,
     imatrix: str | None,
     ternary: str,
+    report: bool,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -64,35 +66,37 @@ def command(
         bars: list[screen.Progress] = []
         began = time.monotonic()
 
-        def started(report: Report) -> None:
-            for note in report.notes:
+        def started(planned: Report) -> None:
+            for note in planned.notes:
                 screen.say(f"note: {screen.printable(note)}")
-            bars.append(stack.enter_context(screen.Progress(f"writing {report.file_type}", 1, screen.size)))
+            bars.append(stack.enter_context(screen.Progress(f"writing {planned.file_type}", 1, screen.size)))
 
         def progress(done: int, total: int) -> None:
             bars[0].total = total
             bars[0](done)
 
-        report = convert(
+        done = convert(
             source, type, output, overwrite=overwrite, plan=plan, no_fallback=no_fallback,
             allow_requantize=allow_requantize, tensor_types=tensor_types, output_tensor_type=output_tensor_type,
             token_embedding_type=token_embedding_type, pure=pure, pre_tokenizer=pre_tokenizer, imatrix=imatrix,
-            ternary=ternary,
+            ternary=ternary, measure=report,
             threads=threads, progress=progress, started=started,
         )  # fmt: skip
     seconds = time.monotonic() - began
     if plan:
-        for note in report.notes:
+        for note in done.notes:
             screen.say(f"note: {screen.printable(note)}")
     if as_json:
-        screen.print_json(report.as_json())
+        screen.print_json(done.as_json())
     else:
-        click.echo(_tables(report))
-        done = "would be" if plan else "is"
-        click.echo(f"\n{screen.printable(report.output)} {done} {report.n_bytes} bytes ({screen.size(report.n_bytes)}),"
-                   f" {report.bits_per_weight:.2f} bits per weight")  # fmt: skip
+        click.echo(_tables(done))
+        if report:
+            click.echo(f"\n{_errors(done)}")
+        verb = "would be" if plan else "is"
+        click.echo(f"\n{screen.printable(done.output)} {verb} {done.n_bytes} bytes ({screen.size(done.n_bytes)}),"
+                   f" {done.bits_per_weight:.2f} bits per weight")  # fmt: skip
     if not plan:
-        weights = sum(_count(entry.shape) for entry in report.tensors)
+        weights = sum(_count(entry.shape) for entry in done.tensors)
         screen.say(f"{weights / 1e6:.1f} million weights in {seconds:.1f} s ({weights / 1e6 / seconds:.1f} million/s)")
 
 
@@ -114,6 +118,17 @@ def _tables(report: Report) -> str:
         groups[_kind(entry.name), entry.asked, entry.type, entry.reason or ""] += 1
     lines = [(name, n, asked, used, why) for (name, asked, used, why), n in groups.items()]
     return f"{text}\n\n{screen.table(lines, ('tensor', 'number', 'asked', 'used', 'why'), (1,))}"
+
+
+def _errors(report: Report) -> str:
+    """The error of each tensor that has one, and of all weights together."""
+    assert report.total is not None
+    off = [entry for entry in report.tensors if entry.max_error != 0]
+    rows = [(entry.name, entry.type, f"{entry.rel_rmse:.3g}", f"{entry.max_error:.3g}") for entry in off]
+    rows.append(("all", "", f"{report.total.relative_rmse:.3g}", f"{report.total.max_difference:.3g}"))
+    text = screen.table(rows, ("tensor", "type", "relative RMSE", "largest difference"), (2, 3))
+    same = len(report.tensors) - len(off)
+    return f"{text}\n{same} of {len(report.tensors)} tensors are what they were" if same else text
 
 
 def _kind(name: str) -> str:

@@ -28,7 +28,7 @@ def command(model: str | None, hf: str | None, text_file: str, ctx_size: int, ch
             pre_tokenizer: str | None, threads: int | None, device: str, as_json: bool) -> None:  # fmt: skip
     """Perplexity by llama-perplexity's definition: windows of N tokens, the second half of each scored.
 
-    With --against, also the Kullback-Leibler divergence from the reference and the share of equal top tokens.
+    With --against, also the Kullback-Leibler divergence from the reference, the share of equal top tokens, and bytes.
     """
     from ggufkit_runtime import evaluate
 
@@ -49,7 +49,9 @@ def command(model: str | None, hf: str | None, text_file: str, ctx_size: int, ch
             document = dataclasses.asdict(result)
         else:
             result, divergence = evaluate.against(loaded, reference, text, ctx_size, chunks, progress)
-            document = dataclasses.asdict(result) | dataclasses.asdict(divergence)
+            info = loaded.info
+            size = {"n_bytes": info.n_bytes, "bits_per_weight": 8 * info.n_bytes / info.n_parameters}
+            document = dataclasses.asdict(result) | dataclasses.asdict(divergence) | size
     if as_json:
         return screen.print_json(document)
     sys.stdout.write(
@@ -57,8 +59,12 @@ def command(model: str | None, hf: str | None, text_file: str, ctx_size: int, ch
         f" ({result.n_tokens} tokens in {result.n_chunks} windows of {ctx_size})\n"
     )
     if divergence is not None:
+        low, high = divergence.kl_interval
         sys.stdout.write(
-            f"KL divergence {divergence.kl_mean:.6f} ± {divergence.kl_stderr:.6f}, 99 % below {divergence.kl_p99:.6f}\n"
+            f"KL divergence {divergence.kl_mean:.6f} (95 % confidence: {low:.6f} to {high:.6f}),"
+            f" 99 % of tokens below {divergence.kl_p99:.6f}\n"
             f"same top token {100 * divergence.same_top:.2f} %\n"
+            f"weights {document['n_bytes']} bytes ({screen.size(document['n_bytes'])}),"
+            f" {document['bits_per_weight']:.2f} bits per weight\n"
         )
     return None

@@ -17,6 +17,7 @@ from ggufkit_formats.blocks import TensorType
 from ggufkit_formats.blocks.base import UnknownType
 from ggufkit_formats.errors import FormatError, GgufkitError, UnsupportedError, UsageError
 
+from ..compare import Summed
 from ..quantize import file_types
 from ..quantize import imatrix as importance
 from ..quantize.file_types import FileType
@@ -46,6 +47,7 @@ def convert(
     pre_tokenizer: str | None = None,
     imatrix: str | os.PathLike[str] | None = None,
     ternary: str = "ggml",
+    measure: bool = False,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     started: Callable[[Report], None] | None = None,
@@ -63,14 +65,17 @@ def convert(
     recognised. `imatrix` is an importance matrix, from `ggufkit imatrix` or llama-imatrix (in either form): errors in
     columns that matter more count more. Some file types need one. `ternary` is how weights that are not ternary become
     so: as `ggml` does it, with the tensor's mean magnitude as scale (`absmean`, BitNet b1.58), or the best scale of
-    each block (`search`); weights that are ternary already stay what they are. `progress` is called with (bytes of the
-    source done, bytes in all), `started` with the report before the first byte.
+    each block (`search`); weights that are ternary already stay what they are. With `measure` what is encoded is
+    decoded again, and the report holds each tensor's error (relative RMSE, largest difference). `progress` is called
+    with (bytes of the source done, bytes in all), `started` with the report before the first byte.
 
     All that can be checked is checked before the first byte is written; NaN and infinities are found on the way and
     raise FormatError naming the tensor. An exception leaves nothing behind. Memory stays bounded whatever the size.
     """
     if ternary not in METHODS:
         raise UsageError(f"--ternary: {ternary!r} is none of {', '.join(METHODS)}")
+    if plan and measure:
+        raise UsageError("--report measures what is encoded, and with --plan nothing is")
     file_type = _supported(file_types.find(type))
     overrides = Overrides(
         tuple(_override(each) for each in tensor_types),
@@ -103,22 +108,23 @@ def convert(
         gguf.check_target(target, planned.nbytes, overwrite)
         if started is not None:
             started(report)
-        _write(made.tensors, planned, target, overwrite, threads, progress, matrix, ternary)
-        return report
+        errors = _write(made.tensors, planned, target, overwrite, threads, progress, matrix, ternary, measure)
+        return report.with_errors(errors) if measure else report
     finally:
         job.close()
 
 
 def _write(tensors: list[Output], planned: gguf.Plan, target: Path, overwrite: bool, threads: int | None,
            progress: Callable[[int, int], None] | None, matrix: importance.Imatrix | None,
-           ternary: str) -> None:  # fmt: skip
+           ternary: str, measure: bool) -> list[Summed]:  # fmt: skip
     from ggufkit_kernels.cpu.team import default_threads
 
     from . import pipeline
 
     with gguf.Writer(target, planned, overwrite) as writer:
         known = None if matrix is None else matrix.importance
-        pipeline.write(tensors, planned.tensors, writer, threads or default_threads(), progress, known, ternary)
+        workers = threads or default_threads()
+        return pipeline.write(tensors, planned.tensors, writer, workers, progress, known, ternary, measure)
 
 
 # -- what to convert -------------------------------------------------------------------------------

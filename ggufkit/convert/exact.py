@@ -37,7 +37,7 @@ def keep_scales(job: Job, choices: dict[str, Choice]) -> None:
             raise FormatError(f"{each.label}: {error}") from None
         if scale is None or _is_half(scale):
             continue
-        job.inputs[k] = replace(each, signs=True)
+        job.inputs[k] = replace(each, scale=scale)
         job.inputs.append(Input(beside, (1,), None, np.array([scale], np.float32)))
         choices[beside] = Choice("F32", "F32")
     job.inputs.sort(key=lambda each: order(each.name))

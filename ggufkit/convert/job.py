@@ -24,7 +24,7 @@ class Input:
     tensor: Tensor | None
     values: np.ndarray | None = None  # float32, of `shape`
     head_rows: int = 0  # > 0: rows in a head, reordered from halves to pairs
-    signs: bool = False  # only the weights' signs are written: what they are times stands in a tensor beside
+    scale: float = 0.0  # > 0: only the weights' signs are written; what they are times stands in a tensor beside
 
     @property
     def n_elements(self) -> int:

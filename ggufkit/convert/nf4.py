@@ -1,7 +1,8 @@
 """Tensors of type NF4 in a new file: which codebook they share, what must be stored otherwise, and their bytes.
 
 An NF4 tensor is several stored tensors (docs/formats/nf4.md). Codes are made slab by slab; the maxima that come with
-them are kept until the codes are written, 4 bytes for each 64 weights of one tensor.
+them are kept until the codes are written, 4 bytes for each 64 weights of one tensor. Where maxima are quantized again,
+what the weights became is known only after the last slab: to measure errors, the tensor's slabs are read once more.
 """
 
 from __future__ import annotations
@@ -9,23 +10,33 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from ggufkit_formats import nf4_tensors
 from ggufkit_formats.blocks import TYPES
-from ggufkit_formats.blocks.nf4 import FourBitType, dynamic_map, encode_4bit
+from ggufkit_formats.blocks.nf4 import (
+    NESTED_BLOCK,
+    FourBitType,
+    decode_maxima,
+    dynamic_map,
+    encode_4bit,
+    encode_maxima,
+    unpack_4bit,
+)
 from ggufkit_formats.errors import FormatError
 from ggufkit_formats.four_bit import FourBitTensor
 from ggufkit_formats.gguf import Planned
 from ggufkit_runtime.models import permuted_rows
 
+from ..compare import PIECE, Summed
 from ..quantize.rules import Choice
 from .collected import Collected, Once
 from .job import Input
 
 NAME = "NF4"
-Step = Callable[[], np.ndarray]
+Step = Callable[[Summed | None], np.ndarray]
 Piece = tuple[Planned, int, Step]  # tensor, bytes of the source, what makes its next bytes
 
 
@@ -96,20 +107,31 @@ class Nf4Output:
     def rows(self) -> list[nf4_tensors.Row]:
         return nf4_tensors.rows(self.input.name, self.input.shape, self.nested, self.book.kind.block)
 
-    def steps(self, parts: list[Planned], weights: int) -> Iterator[Piece]:
-        """What makes the bytes of the stored tensors, in order; a slab has about that many weights."""
+    def steps(self, parts: list[Planned], weights: int, measure: bool) -> Iterator[Piece]:
+        """What makes the bytes of the stored tensors, in order; a slab has about that many weights.
+
+        With `measure` there may be steps at the end that make no bytes, and only look at errors.
+        """
         source = _source(self.input)
         if source is not None and source.four_bit is self.book.kind:
-            yield from self._copied(source, parts, weights)
+            yield from self._copied(source, parts, weights, measure)
         else:
-            yield from self._encoded(parts, weights)
+            yield from self._encoded(parts, weights, measure)
+
+    def _slabs(self, rows: int, cols: int, unit: int, weights: int) -> list[tuple[int, int]]:
+        step = max(unit, weights // max(1, cols) // unit * unit)
+        return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
     # -- codes that are copied -----------------------------------------------------------------------
 
-    def _copied(self, source: FourBitTensor, parts: list[Planned], weights: int) -> Iterator[Piece]:
+    def _copied(self, source: FourBitTensor, parts: list[Planned], weights: int, measure: bool) -> Iterator[Piece]:
+        from .pipeline import decoded
+
         rows, cols, head_rows = source.rows, source.cols, self.input.head_rows
-        unit = max(1, head_rows)
-        step = max(unit, weights // max(1, cols) // unit * unit)
+        slabs = self._slabs(rows, cols, max(1, head_rows), weights)
+        levels, nbytes = source.maxima.levels, source.nbytes - rows * cols // 2
+        same_map = levels is not None and levels.tobytes() == self.book.nested_levels.tobytes()
+        exact = same_map or not self.nested
 
         def codes(start: int, stop: int) -> np.ndarray:
             packed = source.read_packed(start * cols, stop * cols)
@@ -117,26 +139,33 @@ class Nf4Output:
                 return packed
             return packed.reshape(stop - start, cols // 2)[permuted_rows(stop - start, (stop - start) // head_rows)]
 
+        def run(start: int, stop: int, error: Summed | None) -> np.ndarray:
+            if error is not None and exact:  # no error, but it counts in that of all weights
+                x = source.type.decode(source.read_rows(start, stop))
+                error.add(x, x)
+            return codes(start, stop)
+
         def maxima() -> np.ndarray:
             found = _finite(source.maxima.read(0, source.maxima.n))
             if head_rows:
                 found = found.reshape(rows, -1)[permuted_rows(rows, rows // head_rows)].reshape(-1)
             return found
 
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            yield parts[0], (stop - start) * cols // 2, lambda start=start, stop=stop: codes(start, stop)
-        levels, nbytes = source.maxima.levels, source.nbytes - rows * cols // 2
-        if self.nested and levels is not None and levels.tobytes() == self.book.nested_levels.tobytes():
-            yield parts[1], nbytes, lambda: source.maxima.read_codes(0, source.maxima.n)
+        def again(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+            return decoded(source, start, stop, head_rows), codes(start, stop)
+
+        for start, stop in slabs:
+            yield parts[0], (stop - start) * cols // 2, partial(run, start, stop)
+        if self.nested and same_map:
+            yield parts[1], nbytes, lambda _: source.maxima.read_codes(0, source.maxima.n)
             second, offset = source.maxima.read_second, source.maxima.read_offset
-            yield parts[2], 0, lambda: nf4_tensors.nested_bytes(_finite(second()), _finite(offset()))
+            yield parts[2], 0, lambda _: nf4_tensors.nested_bytes(_finite(second()), _finite(offset()))
         else:
-            yield from self._maxima(parts, nbytes, maxima)
+            yield from self._maxima(parts, nbytes, maxima, again, slabs if measure else [])
 
     # -- codes that are made ---------------------------------------------------------------------------
 
-    def _encoded(self, parts: list[Planned], weights: int) -> Iterator[Piece]:
+    def _encoded(self, parts: list[Planned], weights: int, measure: bool) -> Iterator[Piece]:
         from .pipeline import decoded, share
 
         each, kind = self.input, self.book.kind
@@ -144,30 +173,66 @@ class Nf4Output:
         assert tensor is not None
         rows, cols = tensor.rows, tensor.cols
         unit = math.lcm(max(1, each.head_rows), kind.block // math.gcd(kind.block, cols))  # whole blocks
-        step = max(unit, weights // max(1, cols) // unit * unit)
-        starts = range(0, rows, step)
-        collected = Collected(len(starts))
+        slabs = self._slabs(rows, cols, unit, weights)
+        collected = Collected(len(slabs))
 
-        def codes(i: int, start: int, stop: int) -> np.ndarray:
+        def encoded(start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            x = decoded(tensor, start, stop, each.head_rows)
+            kind.check_finite(x)
+            return x, *encode_4bit(x.reshape(-1), kind.levels, kind.block)
+
+        def codes(i: int, start: int, stop: int, error: Summed | None) -> np.ndarray:
             with collected.part(i):
-                x = decoded(tensor, start, stop, each.head_rows)
-                kind.check_finite(x)
-                packed, maxima = encode_4bit(x.reshape(-1), kind.levels, kind.block)
+                x, packed, maxima = encoded(start, stop)
                 collected.found[i] = maxima
+                if error is not None and not self.nested:
+                    _add(error, kind, x, packed, maxima)
                 return packed
 
-        for i, start in enumerate(starts):
-            stop = min(start + step, rows)
-            yield parts[0], share(tensor, start, stop), lambda a=(i, start, stop): codes(*a)
-        yield from self._maxima(parts, 0, collected.all)
+        for i, (start, stop) in enumerate(slabs):
+            yield parts[0], share(tensor, start, stop), partial(codes, i, start, stop)
+        yield from self._maxima(parts, 0, collected.all, lambda *a: encoded(*a)[:2], slabs if measure else [])
 
-    def _maxima(self, parts: list[Planned], nbytes: int, maxima: Callable[[], np.ndarray]) -> Iterator[Piece]:
+    def _maxima(
+        self,
+        parts: list[Planned],
+        nbytes: int,
+        maxima: Callable[[], np.ndarray],
+        again: Callable[[int, int], tuple[np.ndarray, np.ndarray]],
+        slabs: list[tuple[int, int]],
+    ) -> Iterator[Piece]:
+        """The maxima; where they are quantized again, then `slabs` once more: `again` gives weights and codes."""
         if not self.nested:
-            yield parts[1], nbytes, lambda: nf4_tensors.encode_absmax(maxima(), False)[0]
+            yield parts[1], nbytes, lambda _: nf4_tensors.encode_absmax(maxima(), False)[0]
             return
-        both = Once(lambda: nf4_tensors.encode_absmax(maxima(), True, self.book.nested_levels))
-        yield parts[1], nbytes, lambda: both()[0]
-        yield parts[2], 0, lambda: both()[1]
+        levels, kind, cols = self.book.nested_levels, self.book.kind, self.input.shape[-1]
+        both = Once(lambda: encode_maxima(maxima(), levels))
+        yield parts[1], nbytes, lambda _: both()[0]
+        yield parts[2], 0, lambda _: nf4_tensors.nested_bytes(*both()[1:])
+
+        def measured(start: int, stop: int, error: Summed | None) -> np.ndarray:
+            assert error is not None
+            first, last = start * cols // kind.block, -(-stop * cols // kind.block)
+            codes, second, offset = both()
+            which = np.arange(first, last) // NESTED_BLOCK
+            x, packed = again(start, stop)
+            read = decode_maxima(codes[first:last], second[which], offset, levels)
+            _add(error, kind, x, packed, read, start * cols % kind.block)
+            return np.empty(0, np.uint8)
+
+        for start, stop in slabs:
+            yield parts[2], 0, partial(measured, start, stop)
+
+
+def _add(
+    error: Summed, kind: FourBitType, x: np.ndarray, packed: np.ndarray, maxima: np.ndarray, skip: int = 0
+) -> None:
+    """What the codes uint8 (…,) and their blocks' maxima say, beside x; the first block lacks `skip` weights."""
+    x, packed = x.reshape(-1), packed.reshape(-1)
+    for start in range(0, x.size, PIECE):
+        stop = min(start + PIECE, x.size)
+        which = np.arange(skip + start, skip + stop) // kind.block
+        error.add(kind.levels[unpack_4bit(packed[start // 2 : stop // 2])] * maxima[which], x[start:stop])
 
 
 def _finite(maxima: Any) -> Any:

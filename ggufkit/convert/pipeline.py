@@ -21,6 +21,7 @@ from ggufkit_formats.gguf import Planned, Writer
 from ggufkit_formats.tensor import Tensor
 from ggufkit_runtime.models import permuted_rows
 
+from ..compare import Summed
 from ..quantize import ternary
 from .job import Input
 from .outputs import Output
@@ -33,7 +34,8 @@ _LARGEST_FINITE = {"F16": 0x7BFF, "BF16": 0x7F7F}  # bits without the sign
 
 K = TypeVar("K")
 Progress = Callable[[int, int], None]  # bytes of the source done, bytes in all
-Step = Callable[[], np.ndarray]
+Made = Callable[[], np.ndarray]
+Step = Callable[[Summed | None], np.ndarray]  # adds, where asked to, what it encoded beside what that was made from
 Importance = Callable[[str, tuple[int, ...]], np.ndarray | None]  # name, shape -> (matrices, cols), if there is any
 
 
@@ -45,24 +47,37 @@ def write(
     progress: Progress | None,
     importance: Importance | None = None,
     method: str = "ggml",
-) -> None:
+    measure: bool = False,
+) -> list[Summed]:
     """Write all tensors, in the plan's order. Raises FormatError naming a tensor whose values cannot be written.
 
-    `method` is one of ternary.METHODS, for ternary types.
+    `method` is one of ternary.METHODS, for ternary types. With `measure` what was encoded is decoded again, slab by
+    slab, and its errors are returned, for each output; without, they are empty.
     """
     total = sum(_nbytes(each.input) for each in outputs)
     done = 0
-    # with importance a weight takes as much again, for the weights of its errors
-    weights = slab_weights(threads) if importance is None else slab_weights(threads) // 2
-    with contextlib.closing(in_order(_steps(outputs, planned, weights, importance, method), threads)) as made:
-        for plan, nbytes, data in made:
-            writer.write(plan.name, data)
+    # with importance a weight takes as much again, for the weights of its errors; measuring takes no more than that
+    weights = slab_weights(threads) if importance is None and not measure else slab_weights(threads) // 2
+    errors = [Summed() for _ in outputs]
+
+    def steps() -> Iterator[tuple[tuple[int, Planned, Summed | None], int, Made]]:
+        for k, plan, nbytes, step in _steps(outputs, planned, weights, importance, method, measure):
+            error = Summed() if measure else None
+            yield (k, plan, error), nbytes, partial(step, error)
+
+    with contextlib.closing(in_order(steps(), threads)) as made:
+        for (k, plan, error), nbytes, data in made:
+            if data.size:
+                writer.write(plan.name, data)
+            if error is not None:
+                errors[k].merge(error)
             done += nbytes
             if progress is not None:
                 progress(done, total)
+    return errors
 
 
-def in_order(steps: Iterable[tuple[K, int, Step]], threads: int) -> Generator[tuple[K, int, np.ndarray], None, None]:
+def in_order(steps: Iterable[tuple[K, int, Made]], threads: int) -> Generator[tuple[K, int, np.ndarray], None, None]:
     """(key, bytes of the source, what the step made) of each step, in their order; threads work ahead, a little."""
     waiting: deque[tuple[K, int, Future[np.ndarray]]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="convert")
@@ -88,21 +103,26 @@ def _nbytes(each: Input) -> int:
 
 
 def _steps(
-    outputs: list[Output], planned: list[Planned], weights: int, importance: Importance | None, method: str
-) -> Iterator[tuple[Planned, int, Step]]:
-    """(tensor, bytes of the source, what makes its next bytes), in order."""
+    outputs: list[Output],
+    planned: list[Planned],
+    weights: int,
+    importance: Importance | None,
+    method: str,
+    measure: bool,
+) -> Iterator[tuple[int, Planned, int, Step]]:
+    """(output, tensor, bytes of the source, what makes its next bytes), in order."""
     plans = iter(planned)
-    for each in outputs:
+    for k, each in enumerate(outputs):
         parts = list(itertools.islice(plans, len(each.rows)))
         if each.nf4 is not None:
-            for plan, nbytes, step in each.nf4.steps(parts, weights):
-                yield plan, nbytes, _named(each.input, step)
+            for plan, nbytes, step in each.nf4.steps(parts, weights, measure):
+                yield k, plan, nbytes, _named(each.input, step)
             continue
         columns = None
         if importance is not None and len(each.input.shape) > 1 and parts[0].type.uses_importance:
             columns = importance(each.input.name, each.input.shape)
         for nbytes, step in _of(each.input, parts[0].type, weights, columns, method):
-            yield parts[0], nbytes, _named(each.input, step)
+            yield k, parts[0], nbytes, _named(each.input, step)
 
 
 def _of(
@@ -110,22 +130,29 @@ def _of(
 ) -> Iterator[tuple[int, Step]]:
     tensor = each.tensor
     if tensor is None:
-        values = each.values
-        assert values is not None
-        yield 4 * each.n_elements, lambda: encode(kind, values.reshape(1, -1))
-    elif kind.id == tensor.type.id and kind.name == tensor.type.name and not each.head_rows and not each.signs:
+        yield 4 * each.n_elements, partial(_computed, each, kind)
+    elif kind.id == tensor.type.id and kind.name == tensor.type.name and not each.head_rows and not each.scale:
         yield from _copies(tensor, weights)
     else:
         rows, cols = (tensor.rows, tensor.cols) if len(each.shape) > 1 else (1, each.n_elements)
         unit = max(1, each.head_rows) if rows > 1 else 1
         step = max(unit, weights // max(1, cols) // unit * unit)
-        if each.signs:
+        if each.scale:
             how = lambda x: encode(kind, np.sign(x))  # noqa: E731
         else:
             how = ternary.encoder(method, kind, lambda: chunks(tensor, weights)) or partial(encode, kind)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            yield share(tensor, start, stop), _slab(each, start, stop, how, importance)
+            yield share(tensor, start, stop), _slab(each, kind, start, stop, how, importance)
+
+
+def _computed(each: Input, kind: TensorType, error: Summed | None) -> np.ndarray:
+    assert each.values is not None
+    x = each.values.reshape(1, -1)
+    raw = encode(kind, x)
+    if error is not None:
+        error.add_encoded(kind, raw, x)
+    return raw
 
 
 def chunks(tensor: Tensor, weights: int) -> Iterator[np.ndarray]:
@@ -134,13 +161,13 @@ def chunks(tensor: Tensor, weights: int) -> Iterator[np.ndarray]:
         yield tensor.type.decode(tensor.read_rows(start, stop))
 
 
-def _slab(each: Input, start: int, stop: int, how: Callable[..., np.ndarray], importance: np.ndarray | None) -> Step:
+def _slab(each: Input, kind: TensorType, start: int, stop: int, how: Callable[..., np.ndarray],
+          importance: np.ndarray | None) -> Step:  # fmt: skip
     """Rows start…stop of the tensor as `how` encodes them. With `head_rows`, slabs are whole heads."""
     tensor, head_rows = each.tensor, each.head_rows
     assert tensor is not None
 
-    def run() -> np.ndarray:
-        x = decoded(tensor, start, stop, head_rows)
+    def encoded(x: np.ndarray) -> np.ndarray:
         if importance is None:
             return how(x)
         # a stack of matrices has an importance for each: rows of several stand in a slab
@@ -150,6 +177,13 @@ def _slab(each: Input, start: int, stop: int, how: Callable[..., np.ndarray], im
             for i in range(start // rows, -(-stop // rows))
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def run(error: Summed | None) -> np.ndarray:
+        x = decoded(tensor, start, stop, head_rows)
+        raw = encoded(x)
+        if error is not None:
+            error.add_encoded(kind, raw, x, each.scale or 1.0)
+        return raw
 
     return run
 
@@ -208,16 +242,19 @@ def _copies(tensor: Tensor, weights: int) -> Iterator[tuple[int, Step]]:
         step = 4 * weights
         for start in range(0, tensor.nbytes, step):
             n = min(step, tensor.nbytes - start)
-            yield n, lambda start=start, n=n: tensor.source.read(tensor.offset + start, n)
+            yield n, lambda _, start=start, n=n: tensor.source.read(tensor.offset + start, n)
         return
     step = max(1, weights // max(1, tensor.cols))
     for start in range(0, tensor.rows, step):
         stop = min(start + step, tensor.rows)
-        yield (stop - start) * row, lambda start=start, stop=stop: _copied(tensor, start, stop)
+        yield (stop - start) * row, partial(_copied, tensor, start, stop)
 
 
-def _copied(tensor: Tensor, start: int, stop: int) -> np.ndarray:
+def _copied(tensor: Tensor, start: int, stop: int, error: Summed | None) -> np.ndarray:
     raw = tensor.read_rows(start, stop)
+    if error is not None and tensor.type.fields.kind != "i":  # no error, but it counts in that of all weights
+        x = tensor.type.decode(raw)
+        error.add(x, x)
     if tensor.type.is_quantized:
         tensor.type.check_scales(raw.reshape(-1).view(tensor.type.fields))
     else:
@@ -226,10 +263,10 @@ def _copied(tensor: Tensor, start: int, stop: int) -> np.ndarray:
 
 
 def _named(each: Input, step: Step) -> Step:
-    def run() -> np.ndarray:
+    def run(error: Summed | None) -> np.ndarray:
         try:
-            return step()
-        except FormatError as error:
-            raise FormatError(f"{each.label}: {error}") from None
+            return step(error)
+        except FormatError as reason:
+            raise FormatError(f"{each.label}: {reason}") from None
 
     return run

@@ -6,12 +6,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from ggufkit_formats.errors import UnsupportedError, UsageError
 
 from .generate import N_BATCH, Model
+
+Z95 = 1.959964  # standard errors to either side of a mean that 95 % of a normal distribution lie within
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,29 @@ class Divergence:
     """Kullback-Leibler divergence KL(reference ‖ model) in nats over the scored tokens."""
 
     kl_mean: float
-    kl_stderr: float
+    kl_stderr: float  # of the mean, of tokens that are taken for independent
     kl_p99: float
     same_top: float  # share of positions where both have the same most likely token
 
+    @property
+    def kl_interval(self) -> tuple[float, float]:
+        """The 95 % confidence interval of the mean (normal approximation)."""
+        return self.kl_mean - Z95 * self.kl_stderr, self.kl_mean + Z95 * self.kl_stderr
 
-def windows(model: Model, text: str, n_ctx: int, n_chunks: int | None) -> list[list[int]]:
+
+class Predictor(Protocol):
+    """What is asked of a model whose predictions are scored: a loaded one, or one that was recorded."""
+
+    config: Any
+    tokenizer: Any
+    n_ctx: int
+
+    def cache(self, n_ctx: int | None = None) -> Any: ...
+
+    def forward(self, ids: Sequence[int] | np.ndarray, cache: Any, first: int = 0) -> np.ndarray: ...
+
+
+def windows(model: Predictor, text: str, n_ctx: int, n_chunks: int | None) -> list[list[int]]:
     """The text in windows of n_ctx tokens, each beginning with BOS where the model wants one."""
     if n_ctx < 4:
         raise UsageError(f"a context of {n_ctx} tokens is too small to score")
@@ -54,7 +73,7 @@ def windows(model: Model, text: str, n_ctx: int, n_chunks: int | None) -> list[l
     return out
 
 
-def scored(model: Model, window: Sequence[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def scored(model: Predictor, window: Sequence[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Batches of (log-probabilities float64 (n, n_vocab), targets (n,)) over the second half of a window."""
     cache, half = model.cache(len(window)), len(window) // 2
     for start in range(0, len(window), N_BATCH):
@@ -77,7 +96,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def perplexity(
-    model: Model,
+    model: Predictor,
     text: str,
     n_ctx: int = 512,
     n_chunks: int | None = None,
@@ -100,13 +119,16 @@ def perplexity(
 
 def against(
     model: Model,
-    reference: Model,
+    reference: Predictor,
     text: str,
     n_ctx: int = 512,
     n_chunks: int | None = None,
     progress: Callable[[int, int, float], Any] | None = None,
 ) -> tuple[Perplexity, Divergence]:
-    """Perplexity of the model, and its divergence from a reference with the same vocabulary."""
+    """Perplexity of the model, and its divergence from a reference with the same vocabulary.
+
+    Raises UnsupportedError where the reference has another vocabulary, or cuts the text into other tokens.
+    """
     if model.config.n_vocab != reference.config.n_vocab:
         raise UnsupportedError(
             f"the reference has {reference.config.n_vocab} tokens, the model {model.config.n_vocab}: not comparable"
