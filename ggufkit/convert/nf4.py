@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from ggufkit_formats import nf4_tensors
 from ggufkit_formats.blocks import TYPES
-from ggufkit_formats.blocks.nf4 import FourBitType, dynamic_map, encode_4bit
+from ggufkit_formats.blocks.nf4 import FourBitType, dynamic_map
 from ggufkit_formats.errors import FormatError
 from ggufkit_formats.four_bit import FourBitTensor
 from ggufkit_formats.gguf import Planned
@@ -134,6 +134,8 @@ class Nf4Output:
     # -- codes that are made ---------------------------------------------------------------------------
 
     def _encoded(self, parts: list[Planned], weights: int) -> Iterator[Piece]:
+        from ggufkit_kernels.cpu.encode.four_bit import encode_4bit
+
         from .pipeline import decoded, share
 
         each, kind = self.input, self.book.kind
