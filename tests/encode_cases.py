@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 from ggufkit_formats.blocks import find
+from ggufkit_formats.blocks.nf4 import NF4_LEVELS
 from ggufkit_kernels.cpu.encode import WEIGHTED, encode
 from ggufkit_kernels.cpu.simd import FAMILY, LANES
 from nasty_weights import COLS, finite_rows, importances, large_rows, midpoints, powers_of_two, with_scales
@@ -20,6 +21,15 @@ ALL_ROWS = np.concatenate(list(ROWS.values()))
 def in_rows(blocks: np.ndarray) -> np.ndarray:
     """Blocks (n, 32) as rows (…, COLS), the last few left out."""
     return blocks[: len(blocks) // 8 * 8].reshape(-1, COLS)
+
+
+def nf4_rows() -> np.ndarray:
+    """Rows (…, COLS): each block has its maximum, all midpoints of levels times it, and their neighbours."""
+    bounds = (NF4_LEVELS[:-1] + NF4_LEVELS[1:]) / np.float32(2)
+    block = np.concatenate([[1, -1, 0, -0.0], bounds, np.nextafter(bounds, 2), np.nextafter(bounds, -2), bounds])
+    sizes = np.array([1, 0.3, 7, 1e-38, 1e-41, 3e38, 65536, 1 / 3], np.float32)[:, None]
+    blocks = (block.astype(np.float32) * sizes)[:, :64]
+    return np.concatenate([blocks, -blocks]).reshape(-1, COLS)
 
 
 def needed(name: str, cols: int) -> np.ndarray | None:
@@ -37,6 +47,8 @@ def differences(name: str) -> list[str]:
     if name in ("MXFP4", "NVFP4"):
         kinds |= {"midpoints": midpoints().reshape(-1, COLS), "powers of two": in_rows(powers_of_two())}
         kinds["large"] = np.concatenate(list(large_rows()))
+    if name == "NF4":
+        kinds["midpoints"] = nf4_rows()
     every = np.concatenate(list(kinds.values()))
     importance = needed(name, every.shape[1])
     ours, definition = encode(name, every, importance), find(name).encode(every, importance)

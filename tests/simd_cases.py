@@ -18,7 +18,7 @@ from ggufkit_formats.tensor import Tensor
 from ggufkit_kernels.cpu.ops import CpuOps
 from ggufkit_kernels.cpu.simd import FAMILY
 from ggufkit_kernels.ops_ref import RefOps
-from memory_tensors import MadeUp, from_raw, random_blocks
+from memory_tensors import MadeUp, from_raw, multiplied_weights, random_blocks
 
 # Layouts that differ in what a family does: an offset, scales and minima, two units of 16, signed bytes, a table, a
 # table of 16-bit numbers, two d in 32 inputs. The first four are those of Q4_0, Q4_K, Q6_K and Q8_0.
@@ -63,10 +63,10 @@ def same(got: np.ndarray, want: np.ndarray, what: str) -> np.ndarray:
     return got
 
 
-def product(tensor: Tensor, x: np.ndarray, ops: CpuOps, what: str) -> np.ndarray:
-    """ops.matmul, compared with the product of the rounded inputs and the decoded weights in float64."""
-    weight = ops.weight(tensor)
-    values = RefOps().weight(tensor).values.astype(np.float64)
+def product(tensor: Tensor, x: np.ndarray, ops: CpuOps, what: str, scale: float = 1.0) -> np.ndarray:
+    """ops.matmul, compared with the rounded inputs times the decoded weights (times `scale`), in float64."""
+    weight = ops.weight(tensor, scale)
+    values = scale * multiplied_weights(tensor, weight.packed)
     inputs = x.astype(np.float64) if weight.packed.layout.is_plain else rounded_inputs(x)
     want, size = inputs @ values.T, np.abs(inputs) @ np.abs(values).T
     loose = 1e-4 if weight.packed.layout.values == "table16" else 1e-5  # its levels are rounded to 16 bits
@@ -101,6 +101,10 @@ def typed_products(ops: CpuOps) -> Iterator[tuple[str, np.ndarray]]:
         tensor = random_blocks(t, ROWS, COLS, np.random.default_rng(6))
         for n in (TOKENS, 1):
             yield f"product, {name}, {n}", product(tensor, normal(7, n, COLS), ops, f"{name} {n}")
+    for name in ("TQ1_0", "TQ2_0"):  # with a scale beside the matrix, which makes d a float32
+        tensor = random_blocks(TYPES[name], ROWS, COLS, np.random.default_rng(6))
+        for n in (TOKENS, 1):
+            yield f"product, {name} scaled, {n}", product(tensor, normal(7, n, COLS), ops, f"{name} {n}", 0.3)
 
 
 def extreme_blocks(t: MadeUp) -> Iterator[Tensor]:
@@ -187,6 +191,9 @@ def others(ops: CpuOps) -> Iterator[tuple[str, np.ndarray]]:
     up[0, :8] = 1
     want = ref.swiglu(gate.copy(), up)
     yield "swiglu", near(ops.swiglu(gate.copy(), up), want, 2e-6 * np.abs(want) + 1e-30, "swiglu")
+    finite = np.minimum(gate, 1e18)
+    want = ref.relu2(finite.copy(), up)
+    yield "relu2", near(ops.relu2(finite.copy(), up), want, 2e-6 * np.abs(want) + 1e-30, "relu2")
     yield "add", same(ops.add(gate.copy(), up), gate + up, "add")
 
 

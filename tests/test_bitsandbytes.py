@@ -23,6 +23,7 @@ from ggufkit_formats.blocks.nf4 import (
     unpack_4bit,
 )
 from ggufkit_formats.errors import FormatError, GgufkitError, UnsupportedError
+from ggufkit_kernels.cpu.encode import four_bit
 
 DATA = Path(__file__).parent / "data"
 LEVELS = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}
@@ -52,11 +53,12 @@ def test_levels_and_map():
     assert np.array_equal(dynamic_map().view(np.uint32), GOLDEN["map"].view(np.uint32))
 
 
+@pytest.mark.parametrize("encode", [encode_4bit, four_bit.encode_4bit], ids=["definition", "compiled"])
 @pytest.mark.parametrize("kind", LEVELS)
 @pytest.mark.parametrize("name", NAMES)
-def test_codes_and_maxima(name, kind):
+def test_codes_and_maxima(name, kind, encode):
     x = matrix(name)
-    packed, maxima = encode_4bit(x.reshape(-1), LEVELS[kind])
+    packed, maxima = encode(x.reshape(-1), LEVELS[kind])
     assert np.array_equal(packed, GOLDEN[f"{name}/{kind}/packed"])
     assert np.array_equal(maxima, GOLDEN[f"{name}/{kind}/absmax"])
     assert digest(decoded(x, kind, packed, maxima)) == str(GOLDEN[f"{name}/{kind}/sha256"])

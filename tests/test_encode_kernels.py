@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from encode_cases import ROWS, differences, needed, weighted_differences
+from encode_cases import ROWS, differences, needed, nf4_rows, weighted_differences
 from ggufkit_formats.blocks import TYPES, find
+from ggufkit_formats.blocks.nf4 import FP4_LEVELS, NF4_LEVELS, encode_4bit
 from ggufkit_formats.errors import FormatError, UnsupportedError, UsageError
-from ggufkit_kernels.cpu.encode import ENCODERS, PIECE, WEIGHTED, encode
+from ggufkit_kernels.cpu.encode import ENCODERS, PIECE, WEIGHTED, encode, four_bit
 from ggufkit_kernels.cpu.simd import LANES, SETTING
 from nasty_weights import COLS, large_rows
 
@@ -23,13 +24,24 @@ NAMES = list(ENCODERS)
 
 def test_every_type_with_scales_has_a_kernel():
     activations = {"Q8_1", "Q8_K"}
-    in_file = {name for name, t in TYPES.items() if t.is_quantized and t.id >= 0}  # NF4 is made by convert
-    assert set(NAMES) == in_file - activations
+    assert set(NAMES) == {name for name, t in TYPES.items() if t.is_quantized} - activations
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bytes_of_the_definition(name):
     assert differences(name) == []
+
+
+@pytest.mark.parametrize("levels", [NF4_LEVELS, NF4_LEVELS * np.float32(3), FP4_LEVELS], ids=["NF4", "wide", "FP4"])
+@pytest.mark.parametrize("block", [32, 64, 256])
+def test_codes_and_maxima_of_the_definition(levels, block):
+    """Any levels and any length: a last block that is short, none that is whole, an odd number of weights."""
+    rows = np.concatenate([ROWS["normal"].reshape(-1), np.zeros(block, np.float32), nf4_rows().reshape(-1)])
+    for n in (0, 1, 2 * block, 2 * block + 7, len(rows)):
+        for mine, theirs in zip(four_bit.encode_4bit(rows[:n], levels, block), encode_4bit(rows[:n], levels, block),
+                                strict=True):  # fmt: skip
+            assert mine.dtype == theirs.dtype
+            np.testing.assert_array_equal(mine, theirs)
 
 
 @pytest.mark.parametrize("name", WEIGHTED)

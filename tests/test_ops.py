@@ -16,7 +16,7 @@ from ggufkit_kernels.cpu.ops import CpuOps
 from ggufkit_kernels.cpu.simd import get_number, put_f16
 from ggufkit_kernels.cpu.team import default_threads
 from ggufkit_kernels.ops_ref import RefOps
-from memory_tensors import MadeUp, from_raw, random_blocks
+from memory_tensors import MadeUp, from_raw, multiplied_weights, random_blocks
 
 SHAPES = [(1, 1), (3, 2), (17, 1), (33, 3)]  # rows, blocks
 LEVELS = np.linspace(-1, 1, 16).astype(np.float32) ** 3  # no integers
@@ -37,6 +37,7 @@ MADE_UP = {
     "table of 16 by 16": MadeUp(4, 64, 16, scale="i1", codebook=np.arange(-120, 120, 15).astype(np.float32)),
     "float table": MadeUp(4, 64, 64, d="<f4", codebook=LEVELS),
     "float table, 3 bits, 16": MadeUp(3, 16, 16, codebook=LEVELS[:8]),
+    "float table near bytes, 3 bits, 16": MadeUp(3, 16, 16, codebook=np.linspace(-1.1, 1, 8).astype(np.float32)),
     "large table": MadeUp(6, 32, 32, codebook=np.arange(-64, 64, 2).astype(np.int8)),
     "large float table": MadeUp(5, 32, 32, codebook=np.linspace(-1, 1, 32).astype(np.float32) ** 3),
     "groups of 8": MadeUp(4, 32, 8, offset=8, scale="u1"),
@@ -79,7 +80,7 @@ def test_matmul_and_embed(name: str) -> None:
             got = ops.matmul(weight, x, bias)
             plain = weight.packed.layout.is_plain
             inputs = x.astype(np.float64) if plain else rounded_inputs(x)
-            want = inputs @ values.values.astype(np.float64).T + (0 if bias is None else bias)
+            want = inputs @ multiplied_weights(tensor, weight.packed).T + (0 if bias is None else bias)
             size = np.abs(inputs) @ np.abs(values.values.astype(np.float64)).T + 1e-30
             # a minimum is subtracted after the sums: rounding goes with the parts, not with the difference
             low = weight.packed.layout.minimum
@@ -90,7 +91,7 @@ def test_matmul_and_embed(name: str) -> None:
             assert np.all(np.abs(got - want) <= bound + 1e-6), (rows, cols, n, np.abs(got - want).max())
 
 
-@pytest.mark.parametrize("name", ["Q4_1", "Q4_0", "Q6_K", "Q8_0", "F16"])
+@pytest.mark.parametrize("name", ["Q4_1", "Q4_0", "Q6_K", "Q8_0", "NF4", "F16"])
 def test_one_token_and_many_round_alike(name: str) -> None:
     tensor = random_blocks(find(name), 40, 512, np.random.default_rng(3))
     weight = ops.weight(tensor)
@@ -359,5 +360,6 @@ def test_a_matrix_times_a_number(name: str) -> None:
     got = ops.embed(mine, np.arange(35))
     assert np.allclose(got, exact, rtol=1e-6, atol=1e-6 * np.abs(exact[np.isfinite(exact)]).max(initial=0))
     x = normal(5, 3, exact.shape[1])
-    want = rounded_inputs(x) @ exact.T.astype(np.float64) if mine.packed.layout.is_plain is False else x @ exact.T
+    inputs = x if mine.packed.layout.is_plain else rounded_inputs(x)
+    want = inputs @ (factor * multiplied_weights(tensor, mine.packed)).T
     assert np.allclose(ops.matmul(mine, x), want, rtol=1e-4, atol=2e-3 * np.abs(want).max())

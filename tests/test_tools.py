@@ -70,6 +70,26 @@ def test_types_follow_the_file_type(tmp_path: Path):
     assert types["blk.0.attn_norm.weight"] == "F32"
 
 
+@pytest.mark.parametrize("type", ["nf4", "nf4_dq"])
+def test_a_made_model_in_nf4(tmp_path: Path, type: str):
+    path = tmp_path / "tiny.gguf"
+    plan = make_model.write("tiny", type, path)
+    assert path.stat().st_size == plan.nbytes
+    with gguf.open(path) as file:
+        types = {name: tensor.type.name for name, tensor in file.tensors.items()}
+        assert "general.file_type" not in file.metadata
+        weights = file.tensors["blk.0.ffn_up.weight"].dequantize()
+    assert weights.std() == pytest.approx(make_model.STD, rel=0.05)
+    assert types["blk.0.attn_q.weight"] == "NF4" and types["token_embd.weight"] == "F16"
+    assert np.isfinite(generate.load(path, device="reference").logits([1, 300, 301])).all()
+
+
+def test_a_made_model_in_a_type_that_needs_importance(tmp_path: Path):
+    make_model.write("tiny", "iq2_xxs", tmp_path / "tiny.gguf")
+    with gguf.open(tmp_path / "tiny.gguf") as file:
+        assert file.tensors["blk.1.ffn_up.weight"].type == "IQ2_XXS"
+
+
 def test_the_seed_decides_the_bytes(tmp_path: Path):
     paths = [tmp_path / f"{i}.gguf" for i in range(3)]
     for path, seed in zip(paths, (0, 0, 1), strict=True):

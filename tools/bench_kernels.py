@@ -23,7 +23,7 @@ from ggufkit_kernels.cpu.ops import CpuOps, CpuWeight
 from ggufkit_kernels.cpu.team import default_threads
 
 TYPE_NAMES = "F32,F16,BF16,Q8_0,Q4_0,Q4_1,Q5_0,Q5_1,Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,"
-TYPE_NAMES += "TQ1_0,TQ2_0,Q1_0,Q2_0,MXFP4,NVFP4"
+TYPE_NAMES += "TQ1_0,TQ2_0,Q1_0,Q2_0,MXFP4,NVFP4,NF4"
 SHAPES = "576x576,1536x576,2048x2048,5632x2048"
 
 

@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ggufkit_formats import blocks, gguf
+from ggufkit_formats import blocks, gguf, nf4_tensors
 from ggufkit_formats.blocks import TensorType
+from ggufkit_formats.blocks.nf4 import dynamic_map
 from ggufkit_formats.errors import GgufkitError, UnsupportedError
 from ggufkit_runtime.models import llama
 
@@ -94,7 +96,7 @@ class Rows:
             return kind.encode(x)
         from ggufkit_kernels.cpu.encode import encode
 
-        return encode(kind, x)
+        return encode(kind, x, np.ones(cols, np.float32) if kind.needs_importance else None)
 
 
 def write(shape: str, type: str, path: Path, seed: int = 0, overwrite: bool = False,
@@ -111,21 +113,35 @@ def write(shape: str, type: str, path: Path, seed: int = 0, overwrite: bool = Fa
     settings = SHAPES[shape]
     config = llama.config_from_hf(settings)
     facts = file_types.ModelFacts(llama.ARCH, config.n_layers, config.n_heads, config.n_kv_heads)
+    facts = replace(facts, has_imatrix=blocks.TYPES[file_type.type].needs_importance)
     specs = {spec.gguf: spec for spec in llama.tensors(config) if _wanted(spec, settings["tie_word_embeddings"])}
     names = sorted(specs, key=order)
     choices = choose(file_type, [(name, specs[name].shape) for name in names], facts)
     metadata = {"general.architecture": llama.ARCH, "general.name": f"random {shape}", **llama.metadata(config)}
     metadata |= {
-        "general.file_type": np.uint32(file_type.id),
         "general.quantization_version": np.uint32(file_types.QUANTIZATION_VERSION),
         **vocabulary(config.n_vocab),
     }
-    plan = gguf.Plan(metadata, [(name, choices[name].type or "F32", specs[name].shape) for name in names])
-    rows, done = Rows(seed), 0
+    if file_type.id >= 0:
+        metadata["general.file_type"] = np.uint32(file_type.id)
+    else:
+        metadata |= nf4_tensors.metadata(nested_levels=dynamic_map() if file_type.nested else None)
+    stored: dict[str, list[nf4_tensors.Row]] = {}
+    for name in names:
+        shape_of = specs[name].shape
+        kind = choices[name].type or ("F16" if len(shape_of) > 1 else "F32")  # as from a checkpoint in BF16
+        is_nf4 = kind == "NF4"
+        stored[name] = nf4_tensors.rows(name, shape_of, file_type.nested) if is_nf4 else [(name, kind, shape_of)]
+    plan = gguf.Plan(metadata, [row for name in names for row in stored[name]])
+    rows, done, planned = Rows(seed), 0, {tensor.name: tensor for tensor in plan.tensors}
     with gguf.Writer(path, plan, overwrite) as writer:
-        for tensor in plan.tensors:
-            for piece in _pieces(tensor, specs[tensor.name].values, rows):
-                writer.write(tensor.name, piece)
+        for name in names:
+            if len(parts := stored[name]) > 1:
+                pieces = _nf4_pieces([part[0] for part in parts], specs[name].shape, rows, file_type.nested)
+            else:
+                pieces = ((name, piece) for piece in _pieces(planned[name], specs[name].values, rows))
+            for part, piece in pieces:
+                writer.write(part, piece)
                 done += piece.nbytes
                 if progress is not None:
                     progress(done, plan.nbytes)
@@ -148,6 +164,14 @@ def _pieces(tensor: gguf.Planned, values: np.ndarray | None, rows: Rows) -> Any:
     step = max(1, PIECE // tensor.type.row_nbytes(cols))
     for start in range(0, n_rows, step):
         yield rows.draw(tensor.type, cols, min(step, n_rows - start))
+
+
+def _nf4_pieces(names: list[str], shape: tuple[int, ...], rows: Rows, nested: bool) -> Iterator[tuple[str, np.ndarray]]:
+    """The bytes of the stored tensors `names` of an NF4 matrix."""
+    kind = blocks.TYPES["NF4"]
+    drawn = rows.draw(kind, shape[1], shape[0]).reshape(-1).view(kind.fields)
+    yield names[0], np.ascontiguousarray(drawn["qs"]).reshape(-1)
+    yield from zip(names[1:], nf4_tensors.encode_absmax(np.ascontiguousarray(drawn["d"]), nested), strict=True)
 
 
 def main() -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 import click
+from ggufkit_formats.blocks import ScaledType
 from ggufkit_formats.errors import UnsupportedError, UsageError
 
 from . import screen
@@ -30,12 +32,14 @@ def command(models: tuple[str, ...], types: str | None, encoders: bool, as_json:
     entries = [*prepare.common(), *prepare.of_types(wanted)]
     with screen.compiling() as progress:
         compiled = prepare.compile(entries, progress)
+    wanted = [type for type in wanted if not isinstance(type, ScaledType)]
     more = [type for type in wanted if encoders and type.name in encode.ENCODERS]
     before = jit.compiled()
     with screen.Progress("compiling encoders", max(len(more), 1), patience=0.5) as bar:
         for k, type in enumerate(more):
             bar(k)
-            encode.encode(type, _zeros(type), threads=1)
+            for importance in _importances(type, encode.WEIGHTED):
+                encode.encode(type, _zeros(type), importance, threads=1)
     result: dict[str, Any] = {
         "types": [type.name for type in wanted],
         "kernels": len({entry.name for entry in entries}),
@@ -55,17 +59,20 @@ def command(models: tuple[str, ...], types: str | None, encoders: bool, as_json:
 
 
 def _types(models: tuple[str, ...], types: str | None) -> list[Any]:
-    """The tensor types of the models' matrices, or those that are named."""
+    """The tensor types of the models' matrices, or those that are named; a ScaledType where there are scales."""
     from ggufkit_formats import gguf
     from ggufkit_formats.blocks import find
     from ggufkit_formats.blocks.base import UnknownType
+    from ggufkit_runtime.generate import matrix_types
 
     from .. import sources
+    from ..quantize import ternary
 
     found: dict[str, Any] = {}
     for name in models:
         with gguf.open(sources.model(name)) as file:
             kinds = {tensor.type for tensor in file.tensors.values() if len(tensor.shape) > 1}
+            kinds |= {kind for each in matrix_types(file.tensors) for kind in each if isinstance(kind, ScaledType)}
             found |= {kind.name: kind for kind in kinds if not isinstance(kind, UnknownType)}
     if types is not None or not models:
         names = [name.strip() for name in (TYPES if types is None else types).split(",") if name.strip()]
@@ -75,6 +82,8 @@ def _types(models: tuple[str, ...], types: str | None) -> list[Any]:
             found |= {kind.name: kind for kind in map(find, names)}
         except UnsupportedError as error:
             raise UsageError(f"--types: {error}") from None
+        scaled = [ScaledType(kind, 1.0) for name, kind in found.items() if name in ternary.TYPES]
+        found |= {kind.name: kind for kind in scaled}  # files of BitNet have a scale beside each matrix
     return sorted(found.values(), key=lambda kind: kind.name)
 
 
@@ -82,6 +91,16 @@ def _zeros(type: Any) -> Any:
     import numpy as np
 
     return np.zeros((1, 64 * type.block), np.float32)
+
+
+def _importances(type: Any, weighted: Container[str]) -> list[Any]:
+    """What an encoder is to be called with: no importance, and some where that takes another kernel."""
+    import numpy as np
+
+    some = np.ones(64 * type.block, np.float32)
+    if type.needs_importance:
+        return [some]
+    return [None, some] if type.name in weighted else [None]
 
 
 def _nbytes(folder: Path) -> int:

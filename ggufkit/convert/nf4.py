@@ -21,7 +21,6 @@ from ggufkit_formats.blocks.nf4 import (
     FourBitType,
     decode_maxima,
     dynamic_map,
-    encode_4bit,
     encode_maxima,
     unpack_4bit,
 )
@@ -166,6 +165,8 @@ class Nf4Output:
     # -- codes that are made ---------------------------------------------------------------------------
 
     def _encoded(self, parts: list[Planned], weights: int, measure: bool) -> Iterator[Piece]:
+        from ggufkit_kernels.cpu.encode.four_bit import encode_4bit
+
         from .pipeline import decoded, share
 
         each, kind = self.input, self.book.kind

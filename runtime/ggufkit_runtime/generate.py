@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from ggufkit_formats import gguf
-from ggufkit_formats.blocks import ScaledType
+from ggufkit_formats.blocks import ScaledType, TensorType
 from ggufkit_formats.errors import FormatError, UnsupportedError, UsageError
 from ggufkit_formats.tensor import Tensor
 
@@ -67,13 +67,7 @@ def load(
             raise UsageError(f"a context of {n_ctx} tokens is too small")
         weights.check(architecture.tensors(config), file.tensors, name)
         ops = backend(device, threads)
-        scaled: dict[Any, ScaledType] = {}
-        matrices = {name: t.type for name, t in file.tensors.items() if len(t.shape) == 2}
-        for each, kind in matrices.items():
-            if weights.scale_name(each) in file.tensors:  # then its scales are float32
-                matrices[each] = scaled.setdefault(kind, ScaledType(kind, 1.0))
-        ends = [type for name, type in matrices.items() if not name.startswith("blk.")]
-        preparing = ops.prepare([matrices[name] for name in matrices if name.startswith("blk.")], ends, kernels)
+        preparing = ops.prepare(*matrix_types(file.tensors), kernels)
         words = tokenizer.from_metadata(file.metadata, pre=pre)
         packed = weights.load(architecture, config, file.tensors, ops, name, progress)
         title, file_type = file.metadata.get("general.name"), file.metadata.get("general.file_type")
@@ -93,6 +87,17 @@ def load(
     return Model(
         architecture, config, packed, ops, words, info, n_ctx or config.n_ctx_train, time.perf_counter() - began
     )
+
+
+def matrix_types(tensors: Mapping[str, Tensor]) -> tuple[list[TensorType], list[TensorType]]:
+    """The types of a file's matrices, in its layers and elsewhere; a ScaledType where the file has a scale for one."""
+    layers, ends = {}, {}
+    for name, tensor in tensors.items():
+        if len(tensor.shape) == 2:
+            is_scaled = weights.scale_name(name) in tensors  # then its d are float32
+            kind = ScaledType(tensor.type, 1.0) if is_scaled else tensor.type
+            (layers if name.startswith("blk.") else ends)[kind.name] = kind
+    return [*layers.values()], [*ends.values()]
 
 
 def _main_type(tensors: Iterable[Tensor]) -> str:

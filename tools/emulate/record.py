@@ -27,7 +27,7 @@ from ggufkit_kernels.cpu import jit
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 ARENA, ARENA_NBYTES = 0x7000_1000_0000, 128 << 20  # low memory from 256 MB on, in boot.S's mapping
 END, PATCH, RUN, EXPECT = range(4)
-METHODS = ("weight", "matmul", "embed", "attend", "rmsnorm", "rope", "swiglu", "add")
+METHODS = ("weight", "matmul", "embed", "attend", "rmsnorm", "rope", "swiglu", "relu2", "add")
 
 
 class Arena:

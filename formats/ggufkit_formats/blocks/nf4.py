@@ -148,7 +148,7 @@ class FourBitType(TensorType):
     """Codes of four bits for sixteen levels, blocks along the rows. Levels and block are the tensor's own."""
 
     id = -1  # in no file
-    uses_importance = False
+    uses_importance = False  # a block has no scale to be chosen
 
     def __init__(self, levels: np.ndarray, block: int):
         self.levels = levels

@@ -206,19 +206,24 @@ def pack_halves(args, item, worker):
 def pack(tensor: Tensor, team: Team, memory: Arena, scale: float = 1.0) -> Packed:
     """Pack a tensor (rows, cols), times `scale`, on a team's threads into memory of the arena: what `pack.pack` does,
     sooner."""
-    halves = True
-    if scale != 1.0:
-        found = map_of(form_of(tensor.type)) if tensor.type.is_quantized else None
-        halves = found is not None and found.layout.number == "f16"
-    out = _pack(tensor, team, memory) if halves else None
+    scaled = ScaledType(tensor.type, scale)
+    out = _pack(tensor, team, memory) if scale == 1.0 or packed_as(scaled) is not None else None
     if out is not None:
         return out if scale == 1.0 else _scaled(out, scale, memory)
     if scale != 1.0:
-        tensor = replace(tensor, type=ScaledType(tensor.type, scale))
+        tensor = replace(tensor, type=scaled)
     if team.threads == 1 or 4 * tensor.n_elements <= SLAB_NBYTES:
         return numpy_pack.pack(tensor, new=memory.array)
     with ThreadPoolExecutor(team.threads) as pool:
         return numpy_pack.pack(tensor, pool.map, memory.array)
+
+
+def packed_as(type: TensorType) -> TensorType | None:
+    """The type without its scale, where matrices are packed as that and d is multiplied afterwards; else None."""
+    if not isinstance(type, ScaledType) or not type.kind.is_quantized:
+        return None
+    found = map_of(form_of(type.kind))
+    return type.kind if found is not None and found.layout.number == "f16" else None
 
 
 def _scaled(out: Packed, scale: float, memory: Arena) -> Packed:

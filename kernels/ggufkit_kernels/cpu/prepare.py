@@ -39,25 +39,27 @@ _starting = threading.Lock()
 def common() -> list[Entry]:
     """What every network needs, whatever its types."""
     found = [team.run_program, team.serve, team.several, attention.append, elementwise.rmsnorm, elementwise.rope]
-    found += [elementwise.swiglu, elementwise.add, elementwise.begin, elementwise.end]
+    found += [elementwise.swiglu, elementwise.relu2, elementwise.add, elementwise.begin, elementwise.end]
     for tile in sorted({4, attention.QUERIES}):
         found += [attention.join.entry(tile), attention.attend_split.entry(tile), attention.attend.entry(tile)]
     return found
 
 
 def of_types(types: Iterable[TensorType], many: bool = True) -> list[Entry]:
-    """What matrices of these types need beside: packing, embedding, products with one token and (`many`) with more."""
+    """What matrices of these types need beside: packing, embedding, products with one token and (`many`) with more.
+
+    A ScaledType stands for matrices that the file has a scale for.
+    """
     found: dict[str, Entry] = {}
     for type in types:
         layout = Layout(PLAIN[type.name]) if type.name in PLAIN else None
         if layout is None:
             bitmap = map_of(form_of(type))
-            layout = bitmap.layout if bitmap is not None else layout_of_zeros(type)
-            entries = [pack_fast.kernel_of(type)] if bitmap is not None else []
+            layout = bitmap.layout if bitmap is not None else layout_of_zeros(type) or Layout("f32")
+            packed = type if bitmap is not None else pack_fast.packed_as(type)
+            entries = [] if packed is None else [pack_fast.kernel_of(packed)]
         else:
             entries = [pack_fast.pack_floats if type.block_nbytes == 4 else pack_fast.pack_halves]
-        if layout is None:  # numbers that become float32
-            continue
         tiles = (1, PLAIN_TOKENS if layout.is_plain else TOKENS)[: 1 + many]
         entries += [matmul_kernel(layout, tile) for tile in tiles]
         if layout.is_plain:

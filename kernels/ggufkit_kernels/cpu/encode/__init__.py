@@ -26,6 +26,7 @@ from ggufkit_formats.blocks.base import as_float32, as_importance
 from ..simd import LANES
 from . import (
     coordinate,
+    four_bit,
     fp4,
     grids,
     legacy,
@@ -78,6 +79,7 @@ ENCODERS: dict[str, Encoder] = {
     "Q1_0": Encoder(ternary.q1_0, ternary.SCRATCH, LANES),
     "MXFP4": Encoder(fp4.mxfp4),
     "NVFP4": Encoder(fp4.nvfp4),
+    "NF4": Encoder(four_bit.nf4, 64, tables=four_bit.tables),
     "IQ4_NL": Encoder(levels.iq4_nl, levels.SCRATCH, 8 * LANES, "row"),
     "IQ4_XS": Encoder(levels.iq4_xs, levels.SCRATCH, LANES, "row"),
     "IQ3_S": Encoder(grids.iq3_s, grids.SCRATCH, 1, "row", near.tables("IQ3_S")),

@@ -207,21 +207,26 @@ def _mask_bits(builder: Any, x: Any) -> Any:
     return builder.zext(builder.bitcast(x, ir.IntType(x.type.count)), I64)
 
 
-def _half_of(start: int) -> Any:
+def _half(name: str, lanes: Any) -> Any:
+    """Half of a vector's lanes: `lanes` makes their numbers from how many there are."""
+
     def typed(typingctx: Any, x: Any) -> Any:
-        count = VECTOR[x.kind].count // 2
-        result = vector(x.kind.lstrip("0123456789"), count)
+        count = VECTOR[x.kind].count
+        result = vector(x.kind.lstrip("0123456789"), count // 2)
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return pick(builder, args[0], list(range(start * count, (start + 1) * count)))
+            return pick(builder, args[0], list(lanes(count)))
 
         return result(x), codegen
 
-    typed.__name__ = typed.__qualname__ = ("first_half", "second_half")[start]
+    typed.__name__ = typed.__qualname__ = name
     return intrinsic(typed)
 
 
-first_half, second_half = _half_of(0), _half_of(1)
+first_half = _half("first_half", lambda n: range(n // 2))
+second_half = _half("second_half", lambda n: range(n // 2, n))
+even_lanes = _half("even_lanes", lambda n: range(0, n, 2))
+odd_lanes = _half("odd_lanes", lambda n: range(1, n, 2))
 least = _function(
     "least", "The smaller; the second of equals, or where one is NaN.",
     lambda b, x, y: b.select(_compare(b, "<", x, y), x, y), 2,
