@@ -16,7 +16,7 @@ from . import screen
 @click.option("--against", metavar="SOURCE", help="A checkpoint or a GGUF file: show the error of each tensor.")
 @screen.json_option
 def command(file: Path, against: str | None, as_json: bool) -> int:
-    """Check the GGUF FILE: structure, tensors, tokenizer, and that weights are finite. Exit status 1 where they are not.
+    """Check the GGUF FILE: structure, tensors, tokenizer, and that weights are finite. Exit status 1 for any problem.
 
     --against takes what convert takes, and shows how far each tensor is from the source's.
     """
