@@ -20,6 +20,7 @@ COMMANDS = {
     "inspect": "Show the metadata and tensors of a GGUF file.",
     "export": "Write a GGUF file as a Hugging Face checkpoint.",
     "diff": "Compare two GGUF files.",
+    "verify": "Check a GGUF file, weights and tokenizer included.",
     "types": "List all tensor types and file types.",
     "tokenize": "Show the token ids of a text.",
     "perplexity": "Measure how well a model predicts a text.",

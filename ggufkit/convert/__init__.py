@@ -84,7 +84,7 @@ def convert(
         pure,
     )
     matrix = None if imatrix is None else importance.read(imatrix)
-    job = _read(source, pre_tokenizer)
+    job = read_source(source, pre_tokenizer)
     try:
         job.inputs.sort(key=lambda each: order(each.name))
         tensors = [(each.name, each.shape) for each in job.inputs]
@@ -130,7 +130,7 @@ def _write(tensors: list[Output], planned: gguf.Plan, target: Path, overwrite: b
 # -- what to convert -------------------------------------------------------------------------------
 
 
-def _read(source: str | os.PathLike[str], pre_tokenizer: str | None) -> Job:
+def read_source(source: str | os.PathLike[str], pre_tokenizer: str | None = None) -> Job:
     """The source's headers. GgufkitError where there is nothing to convert."""
     name = os.fspath(source)
     if name.startswith("hf:"):
