@@ -114,8 +114,9 @@ def test_what_has_no_scale_is_refused(bad: float) -> None:
 def test_the_compiled_search_of_four_levels_is_the_definition():
     """Equal bits: normal weights, every magnitude, ties, blocks of one sign, of one weight, and of none."""
     rng = np.random.default_rng(0)
-    kinds = [rng.standard_normal((400, 64)), rng.standard_normal((100, 64)) * 10.0 ** rng.integers(-44, 4, (100, 1)),
-             np.zeros((2, 64)), rng.integers(-2, 3, (100, 64)) / 2, -np.abs(rng.standard_normal((50, 64))), np.eye(64)]  # fmt: skip
+    sizes = 10.0 ** rng.integers(-44, 4, (100, 1))
+    kinds = [rng.standard_normal((400, 64)), rng.standard_normal((100, 64)) * sizes, np.zeros((2, 64)), np.eye(64)]
+    kinds += [rng.integers(-2, 3, (100, 64)) / 2, -np.abs(rng.standard_normal((50, 64)))]
     x = np.concatenate(kinds).astype(np.float32)
     three = ternary._best_of_three(x)
     with np.errstate(all="ignore"):
