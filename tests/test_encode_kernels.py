@@ -81,7 +81,7 @@ def run_cases(*names, **environment):
 
 def test_bytes_with_vectors_of_the_other_length():
     family = "avx2" if LANES == 16 else "avx512vnni"
-    assert run_cases("Q4_K", "Q3_K", **{SETTING: family}) == (family, 24 - LANES)
+    assert run_cases("Q4_K", "Q3_K", "NF4", **{SETTING: family}) == (family, 24 - LANES)
 
 
 @pytest.mark.slow

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ggufkit_formats.blocks import TYPES, Quants, TensorType, find
+from ggufkit_formats.blocks.iq import GridType
 from ggufkit_formats.errors import FormatError, UsageError
 from ggufkit_formats.source import FileSource
 from ggufkit_formats.tensor import Tensor
 from ggufkit_kernels.cpu import pack as numpy_pack
-from ggufkit_kernels.cpu import pack_fast, prepare
+from ggufkit_kernels.cpu import pack_fast, pack_grid, prepare
 from ggufkit_kernels.cpu.memory import SEGMENT, Arena
 from ggufkit_kernels.cpu.pack import Packed
 from ggufkit_kernels.cpu.pack_expand import FORMS, form_of
@@ -98,6 +99,23 @@ def test_all_quantized_types_but_those_with_grids_have_a_map() -> None:
         assert bitmap is not None, name
         assert bitmap is map_of(form_of(find(name)))
         assert len(bitmap.table) == len(bitmap.pieces) + sum(2 + 4 * len(terms) for terms in bitmap.terms)
+
+
+@pytest.mark.parametrize("name", [name for name, type in TYPES.items() if isinstance(type, GridType)])
+def test_grids_equal_numpy(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every bit random; rows that fill no strip, several slabs, one thread and two."""
+    type, rng = find(name), np.random.default_rng(7)
+    monkeypatch.setattr(pack_grid, "SLAB", 2 * LANES * 512)
+    for rows, cols, threads in ((LANES, 256, 1), (5 * LANES + 3, 512, 2), (9 * LANES, 512, 1)):
+        raw = rng.integers(0, 256, rows * type.row_nbytes(cols), dtype=np.uint8)
+        tensor = from_raw(type, raw, (rows, cols))
+        with np.errstate(all="ignore"):
+            fast = pack_grid.pack(tensor, team(threads), Arena())
+            slow = numpy_pack.pack(tensor)
+        assert fast is not None
+        same(fast, slow, but_for_nan=True)
+    assert pack_grid.pack(random_blocks(type, LANES - 1, 256, rng), team(1), Arena()) is None
+    assert pack_grid.pack_points in prepare.of_types([type])
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from ggufkit_formats import gguf
 from ggufkit_formats.blocks import find
+from ggufkit_kernels.cpu.encode.four_levels import best_scales
 
 import ggufkit
 from ggufkit.convert import convert
@@ -108,3 +109,18 @@ def test_what_has_no_scale_is_refused(bad: float) -> None:
     for encode in (lambda: ternary.search(find("TQ2_0"), x), lambda: ternary.absmean(find("TQ2_0"), x, 7e4)):  # type: ignore[arg-type]
         with pytest.raises(ggufkit.FormatError, match=r"NaN or infinite|too large"):
             encode()
+
+
+def test_the_compiled_search_of_four_levels_is_the_definition():
+    """Equal bits: normal weights, every magnitude, ties, blocks of one sign, of one weight, and of none."""
+    rng = np.random.default_rng(0)
+    sizes = 10.0 ** rng.integers(-44, 4, (100, 1))
+    kinds = [rng.standard_normal((400, 64)), rng.standard_normal((100, 64)) * sizes, np.zeros((2, 64)), np.eye(64)]
+    kinds += [rng.integers(-2, 3, (100, 64)) / 2, -np.abs(rng.standard_normal((50, 64)))]
+    x = np.concatenate(kinds).astype(np.float32)
+    three = ternary._best_of_three(x)
+    with np.errstate(all="ignore"):
+        want = ternary.best_of_four(x, three)
+    got = best_scales(x, three, ternary.STARTS, ternary.ROUNDS, 2)
+    np.testing.assert_array_equal(got.view(np.uint32), want.view(np.uint32))
+    assert (got != three).mean() > 0.3 and best_scales(x[:0], three[:0], ternary.STARTS, 3, 2).shape == (0,)

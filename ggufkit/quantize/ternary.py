@@ -85,7 +85,9 @@ def search(kind: TernaryType, x: np.ndarray) -> np.ndarray:
         part = blocks[start : start + 4096]
         d = _best_of_three(part)
         if kind.name == "Q2_0":
-            d = _best_of_four(part, d)
+            from ggufkit_kernels.cpu.encode.four_levels import best_scales
+
+            d = best_scales(part, d, STARTS, ROUNDS, 2)  # best_of_four
         d = d.astype(np.float16).astype(np.float32)
         out[start : start + 4096] = kind.assemble(d, _codes(part, d, 2 if kind.name == "Q2_0" else 1))
     return out.reshape(len(x), -1)
@@ -107,8 +109,11 @@ STARTS = np.linspace(0.25, 1.05, 9, dtype=np.float32)  # of the largest magnitud
 ROUNDS = 3  # of codes for a scale and the scale for those codes
 
 
-def _best_of_four(x: np.ndarray, three: np.ndarray) -> np.ndarray:
-    """The scales d (n,) of either sign for which d * {-1, 0, 1, 2} is nearest to the rows of x, as far as seen."""
+def best_of_four(x: np.ndarray, three: np.ndarray) -> np.ndarray:
+    """The scales d (n,) of either sign for which d * {-1, 0, 1, 2} is nearest to the rows of x, as far as seen.
+
+    The definition of `best_scales`, which is what `search` uses.
+    """
     largest = np.abs(x).max(axis=1)
     best, error = three, _error(x, three)
     for sign in (1, -1):
@@ -116,8 +121,8 @@ def _best_of_four(x: np.ndarray, three: np.ndarray) -> np.ndarray:
             d = (sign * start) * largest
             for _ in range(ROUNDS):
                 q = _codes(x, d, 2).astype(np.float32) - 1
-                norm = (q * q).sum(axis=1)
-                d = np.where(norm > 0, (x * q).sum(axis=1) / np.maximum(norm, 1), d)
+                norm = _folded(q * q)
+                d = np.where(norm > 0, _folded(x * q) / np.maximum(norm, 1), d)
             found = _error(x, d)
             best, error = np.where(found < error, d, best), np.minimum(found, error)
     return best
@@ -125,7 +130,15 @@ def _best_of_four(x: np.ndarray, three: np.ndarray) -> np.ndarray:
 
 def _error(x: np.ndarray, d: np.ndarray) -> np.ndarray:
     off = x - d[:, None] * (_codes(x, d, 2).astype(np.float32) - 1)
-    return (off * off).sum(axis=1)
+    return _folded(off * off)
+
+
+def _folded(x: np.ndarray) -> np.ndarray:
+    """Sums of rows (n, 2**k), the second half added to the first again and again: (n,)."""
+    while x.shape[1] > 1:
+        half = x.shape[1] // 2
+        x = x[:, :half] + x[:, half:]
+    return x[:, 0]
 
 
 def _codes(x: np.ndarray, d: np.ndarray, high: int) -> np.ndarray:

@@ -73,10 +73,17 @@ class GridType(TensorType):
         points = point_words(self.grid_name)[numbers]
         minus = sign_words(self.code_bits - 1)[signs]
         codes = (points | minus.view(points.dtype)).view(np.uint8)
-        odd = (2 * scale + 1).astype(np.uint8)
-        with np.errstate(invalid="ignore"):  # a d that is a signalling NaN
-            d = self.float_d(blocks) * F32(self.step)
+        d, odd = self.scaled_d(blocks), self.odd(scale)
         return Quants(codes, self.code_bits, 0, self.group, d, odd, codebook=self.codebook, wide=self.step != 1)
+
+    def scaled_d(self, blocks: np.ndarray) -> np.ndarray:
+        """(n,) float32: what the products of odd scales and levels are multiplied with."""
+        with np.errstate(invalid="ignore"):  # a d that is a signalling NaN
+            return self.float_d(blocks) * F32(self.step)
+
+    def odd(self, scale: np.ndarray) -> np.ndarray:
+        """uint8: the odd numbers that scales stand for."""
+        return (2 * scale + 1).astype(np.uint8)
 
     def encode_blocks(self, x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
         if importance is None and self.needs_importance:

@@ -6,7 +6,8 @@ each block, the raw words that the table wants are gathered from LANES rows at o
 is made of them by shifts and masks on whole vectors, LANES rows at a time. What each type costs is its terms.
 F32, F16 and BF16 are transposed alone.
 
-Rows beyond the last whole strip, big-endian files, and what has no map go through the NumPy packing of pack.py, which
+Types of grids have a kernel of their own (pack_grid.py). Rows beyond the last whole strip, big-endian files, and what
+has no map otherwise go through the NumPy packing of pack.py, which
 is also the definition that this is tested against. A file that cannot be read ends there too, and gets its message.
 
 Measured on one thread of a shared Zen 3 (AVX2), processor time, file in the page cache to new memory, reading and page
@@ -35,6 +36,7 @@ from ggufkit_formats.blocks import ScaledType, TensorType
 from ggufkit_formats.tensor import Tensor
 
 from . import pack as numpy_pack
+from . import pack_grid
 from .jit import Entry, kernel, lazy
 from .memory import Arena
 from .pack import PLAIN, SLAB_NBYTES, Layout, Packed
@@ -208,6 +210,8 @@ def pack(tensor: Tensor, team: Team, memory: Arena, scale: float = 1.0) -> Packe
     sooner."""
     scaled = ScaledType(tensor.type, scale)
     out = _pack(tensor, team, memory) if scale == 1.0 or packed_as(scaled) is not None else None
+    if out is None and scale == 1.0:
+        out = pack_grid.pack(tensor, team, memory)
     if out is not None:
         return out if scale == 1.0 else _scaled(out, scale, memory)
     if scale != 1.0:

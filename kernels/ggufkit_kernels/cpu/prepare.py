@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from ggufkit_formats.blocks import TensorType
+from ggufkit_formats.blocks.iq import GridType
 
-from . import attention, elementwise, jit, pack_fast, store, team
+from . import attention, elementwise, jit, pack_fast, pack_grid, store, team
 from .inputs import PLAIN_TOKENS, interleave_inputs
 from .jit import Entry, Family
 from .matmul import TOKENS, matmul_kernel, prep_kernel
@@ -58,6 +59,7 @@ def of_types(types: Iterable[TensorType], many: bool = True) -> list[Entry]:
             layout = bitmap.layout if bitmap is not None else layout_of_zeros(type) or Layout("f32")
             packed = type if bitmap is not None else pack_fast.packed_as(type)
             entries = [] if packed is None else [pack_fast.kernel_of(packed)]
+            entries += [pack_grid.pack_points] if isinstance(type, GridType) else []
         else:
             entries = [pack_fast.pack_floats if type.block_nbytes == 4 else pack_fast.pack_halves]
         tiles = (1, PLAIN_TOKENS if layout.is_plain else TOKENS)[: 1 + many]
