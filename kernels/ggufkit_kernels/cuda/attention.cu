@@ -60,6 +60,21 @@ __device__ __forceinline__ void to_floats(const u32& v, float* out) {
 __device__ __forceinline__ void set_zero(uint4& v) { v.x = v.y = v.z = v.w = 0; }
 __device__ __forceinline__ void set_zero(u32& v) { v = 0; }
 
+// N floats of shared memory, by as few loads as N (and so the alignment of rows of N) allows.
+template <int N>
+__device__ __forceinline__ void read_floats(const float* at, float* out) {
+    if constexpr (N % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < N; i += 4) {
+            const float4 v = *(const float4*)(at + i);
+            out[i] = v.x, out[i + 1] = v.y, out[i + 2] = v.z, out[i + 3] = v.w;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; i++) out[i] = at[i];
+    }
+}
+
 // What another block wrote in this launch: past the L1 cache.
 __device__ __forceinline__ float2 load_fresh(const float* at) {
     float2 v;
@@ -116,12 +131,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 attend(const float* q, const float* k, const float* v, const float* q_norm, const float* k_norm, const float* table,
        const int* start, u16* keys, u16* values, float* parts, int* tickets, float* out, int positions, int pairs,
        int interleaved, float eps, float scale) {
-    __shared__ __align__(16) float query[GROUP + 1][PADDED];  // the last one is the key of the own position
-    __shared__ __align__(16) float scores[TILE][GROUP];
+    __shared__ float4 query_room[((GROUP + 1) * PADDED + 3) / 4], score_room[TILE * GROUP / 4];
     __shared__ float pool[HEADS_A_PASS * THREADS * VEC];
     __shared__ float maxima[GROUP], sums[GROUP], factors[GROUP];
     __shared__ int last;
 
+    float(*const query)[PADDED] = (float(*)[PADDED])query_room;  // the last one is the key of the own position
+    float(*const scores)[GROUP] = (float(*)[GROUP])score_room;   // (TILE, GROUP)
     const int head = blockIdx.x, split = blockIdx.y, own = *start, length = own + 1;
     const int span = ((length + (int)gridDim.y - 1) / (int)gridDim.y + TILE - 1) / TILE * TILE;
     const int begin = split * span, end = min(begin + span, length), active = (length + span - 1) / span;
@@ -206,11 +222,10 @@ attend(const float* q, const float* k, const float* v, const float* q_norm, cons
                 const int at = (sub + i * LANES_PER_KEY) * VEC;
 #pragma unroll
                 for (int g = 0; g < GROUP; g++) {
+                    float y[VEC];
+                    read_floats<VEC>(query[g] + at, y);
 #pragma unroll
-                    for (int e = 0; e < VEC; e++) {
-                        const float y = query[g][at + e];
-                        dot[0][g] += y * x[0][e], dot[1][g] += y * x[1][e];
-                    }
+                    for (int e = 0; e < VEC; e++) dot[0][g] += y[e] * x[0][e], dot[1][g] += y[e] * x[1][e];
                 }
             }
 #pragma unroll
@@ -261,13 +276,13 @@ attend(const float* q, const float* k, const float* v, const float* q_norm, cons
             for (int i = 0; i < AHEAD; i++) {
                 const int p = share + (first + i) * SHARES;
                 if (share < SHARES && p < count) {
-                    float x[VEC];
+                    float x[VEC], weights[GROUP];
                     to_floats(ahead[i], x);
+                    read_floats<GROUP>(scores[p], weights);
 #pragma unroll
                     for (int g = 0; g < GROUP; g++) {
-                        const float weight = scores[p][g];
 #pragma unroll
-                        for (int e = 0; e < VEC; e++) acc[g][e] += weight * x[e];
+                        for (int e = 0; e < VEC; e++) acc[g][e] += weights[g] * x[e];
                     }
                 }
             }
@@ -285,7 +300,9 @@ attend(const float* q, const float* k, const float* v, const float* q_norm, cons
         for (int h = 0; h < HEADS_A_PASS; h++) {
             if (share < SHARES && g0 + h < GROUP) {
 #pragma unroll
-                for (int e = 0; e < VEC; e++) pool[(h * SHARES + share) * HEAD_DIM + vector * VEC + e] = acc[g0 + h < GROUP ? g0 + h : 0][e];
+                for (int e = 0; e < VEC; e++) {
+                    pool[(h * SHARES + share) * HEAD_DIM + vector * VEC + e] = acc[g0 + h < GROUP ? g0 + h : 0][e];
+                }
             }
         }
         __syncthreads();
