@@ -57,8 +57,9 @@ def windows(model: Model, text: str, n_ctx: int, n_chunks: int | None) -> list[l
 def scored(model: Model, window: Sequence[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Batches of (log-probabilities float64 (n, n_vocab), targets (n,)) over the second half of a window."""
     cache, half = model.cache(len(window)), len(window) // 2
-    for start in range(0, len(window), N_BATCH):
-        batch = np.asarray(window[start : start + N_BATCH])
+    n_batch = getattr(model.ops, "n_batch", N_BATCH)
+    for start in range(0, len(window), n_batch):
+        batch = np.asarray(window[start : start + n_batch])
         first = max(0, min(half - start, len(batch) - 1))
         logits = model.forward(batch, cache, first=first)
         begin = start + first
@@ -159,7 +160,7 @@ def bench(
 ) -> list[Speed]:
     """Time reading and generating random tokens, after one run of each that is not counted."""
     random = np.random.default_rng(0)
-    tests = [(f"pp{n_prompt}", n_prompt, N_BATCH)] if n_prompt else []
+    tests = [(f"pp{n_prompt}", n_prompt, getattr(model.ops, "n_batch", N_BATCH))] if n_prompt else []
     tests += [(f"tg{n_generate}", n_generate, 1)] if n_generate else []
     out, done = [], 0
     for name, n_tokens, batch in tests:
@@ -172,7 +173,7 @@ def bench(
             began = time.perf_counter()
             for i in range(0, len(ids), batch):
                 part = ids[i : i + batch]
-                model.forward(part, cache, first=len(part) - 1)
+                model.advance(part, cache)
             if repetition:
                 rates.append(len(ids) / (time.perf_counter() - began))
             done += 1

@@ -74,17 +74,16 @@ class Case:
         assert not rest.any()  # nothing is written behind
 
 
-def attend(case, splits, pairs=0, interleaved=False, norms=False, factor=1.0, tickets=None):
-    device = case.device
+def attend(case, splits, pairs=0, interleaved=False, norms=False, factor=1.0, tickets=None, shared=1):
+    device, heads, group = case.device, case.kv_heads * shared, case.group // shared
     table = case.rotation(pairs, factor)[1] if pairs else None
-    part = case.group * (case.dim + 2)
-    parts = device.empty((case.kv_heads, splits, part), np.float32)
-    tickets = device.zeros((case.kv_heads,), np.int32) if tickets is None else tickets
-    out = device.empty((case.kv_heads * case.group * case.dim,), np.float32)
-    kernel = module("attention.cu", HEAD_DIM=case.dim, GROUP=case.group).kernel("attend")
-    device.launch(kernel, (case.kv_heads, splits), 256, *map(device.upload, (case.q[0], case.k[0], case.v[0])),
+    parts = device.empty((heads, splits, group * (case.dim + 2)), np.float32)
+    tickets = device.zeros((heads,), np.int32) if tickets is None else tickets
+    out = device.empty((heads * group * case.dim,), np.float32)
+    kernel = module("attention.cu", HEAD_DIM=case.dim, GROUP=group).kernel("attend")
+    device.launch(kernel, (heads, splits), 256, *map(device.upload, (case.q[0], case.k[0], case.v[0])),
                   *(map(device.upload, (case.q_norm, case.k_norm)) if norms else (None, None)), table, case.position,
-                  case.keys, case.values, parts, tickets, out, case.positions, pairs, int(interleaved), EPS,
+                  case.keys, case.values, parts, tickets, out, case.positions, shared, pairs, int(interleaved), EPS,
                   case.scale)  # fmt: skip
     assert not device.download(tickets).any()  # ready for the next launch
     return device.download(out)[None]
@@ -107,6 +106,13 @@ def test_splits(device, splits):
     case = Case(device, (64, 2, 4), 1, 700, 704)
     _, expected = case.expected(24, factor=1.25)
     np.testing.assert_allclose(attend(case, splits, 24, factor=1.25), expected, rtol=1e-3, atol=1e-3)
+    case.check_cache()
+
+
+def test_blocks_that_share_a_key_head(device):
+    case = Case(device, (32, 2, 6), 1, 200, 256)
+    _, expected = case.expected(16)
+    np.testing.assert_allclose(attend(case, 2, 16, shared=2), expected, rtol=1e-3, atol=1e-3)
     case.check_cache()
 
 

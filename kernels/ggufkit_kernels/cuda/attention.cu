@@ -3,7 +3,7 @@
 // Compiled for a HEAD_DIM (even, at most 256) and a GROUP (queries that read one key head, at most 16).
 //
 //   keys, values   float16 (n_kv_heads, positions, HEAD_DIM), of one layer
-//   grid           (n_kv_heads, splits): a block takes a span of positions for all queries of a key head, so that keys
+//   grid           (n_kv_heads * shared, splits): more than 16 queries of a key head go to `shared` blocks. A block takes a span of positions for all queries of a key head, so that keys
 //                  and values are read once. The span is length / splits, rounded up to tiles of TILE positions: the
 //                  grid does not depend on the length, so that a captured graph can be replayed, and blocks beyond the
 //                  length leave at once. The span that holds the own position also stores k and v there.
@@ -11,7 +11,7 @@
 //                  at a time; softmax: a warp a query, online (Milakov and Gimelshein, arXiv 1805.02867); values:
 //                  a thread holds 8 dimensions of all queries and goes over every (THREADS / N_VECTORS)-th position.
 //                  The first 8 loads of values are issued before the scores are computed.
-//   parts          float32 (n_kv_heads, splits, GROUP * (HEAD_DIM + 2)): weighted values, maxima, sums of a span. The last
+//   parts          float32 (n_kv_heads * shared, splits, GROUP * (HEAD_DIM + 2)): weighted values, maxima, sums of a span. The last
 //                  block of a key head to be done (an atomic ticket, set back for the next launch) joins them, as
 //                  Flash-Decoding's second kernel does. Up to TILE positions there is nothing to join.
 //
@@ -125,12 +125,12 @@ __device__ void join(const float* parts, int active, float (*weights)[GROUP], fl
     }
 }
 
-// q (n_kv_heads * GROUP, HEAD_DIM), k and v (n_kv_heads, HEAD_DIM), float32; q_norm, k_norm (HEAD_DIM,) or null; table
-// (…, 2 pairs): cosines, then sines of a position; pairs 0: q and k are rotated already. tickets int (n_kv_heads,), zero.
+// q (n_kv_heads * shared * GROUP, HEAD_DIM), k and v (n_kv_heads, HEAD_DIM), float32; q_norm, k_norm (HEAD_DIM,) or null; table
+// (…, 2 pairs): cosines, then sines of a position; pairs 0: q and k are rotated already. tickets int, one a head of the grid, zero.
 extern "C" __global__ void __launch_bounds__(THREADS)
 attend(const float* q, const float* k, const float* v, const float* q_norm, const float* k_norm, const float* table,
-       const int* start, u16* keys, u16* values, float* parts, int* tickets, float* out, int positions, int pairs,
-       int interleaved, float eps, float scale) {
+       const int* start, u16* keys, u16* values, float* parts, int* tickets, float* out, int positions, int shared,
+       int pairs, int interleaved, float eps, float scale) {
     __shared__ float4 query_room[((GROUP + 1) * PADDED + 3) / 4], score_room[TILE * GROUP / 4];
     __shared__ float pool[HEADS_A_PASS * THREADS * VEC];
     __shared__ float maxima[GROUP], sums[GROUP], factors[GROUP];
@@ -138,13 +138,13 @@ attend(const float* q, const float* k, const float* v, const float* q_norm, cons
 
     float(*const query)[PADDED] = (float(*)[PADDED])query_room;  // the last one is the key of the own position
     float(*const scores)[GROUP] = (float(*)[GROUP])score_room;   // (TILE, GROUP)
-    const int head = blockIdx.x, split = blockIdx.y, own = *start, length = own + 1;
+    const int head = blockIdx.x, key_head = head / shared, split = blockIdx.y, own = *start, length = own + 1;
     const int span = ((length + (int)gridDim.y - 1) / (int)gridDim.y + TILE - 1) / TILE * TILE;
     const int begin = split * span, end = min(begin + span, length), active = (length + span - 1) / span;
     if (begin >= length) return;  // all threads of the block
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
-    u16* const head_keys = keys + (size_t)head * positions * HEAD_DIM;
-    u16* const head_values = values + (size_t)head * positions * HEAD_DIM;
+    u16* const head_keys = keys + (size_t)key_head * positions * HEAD_DIM;
+    u16* const head_values = values + (size_t)key_head * positions * HEAD_DIM;
     const bool owner = end == length;
     const int rows = owner ? GROUP + 1 : GROUP;
 
@@ -152,7 +152,7 @@ attend(const float* q, const float* k, const float* v, const float* q_norm, cons
     for (int i = tid; i < (GROUP + 1) * PADDED; i += THREADS) {
         const int g = i / PADDED, d = i % PADDED;
         float x = 0.0f;
-        if (d < HEAD_DIM) x = g < GROUP ? q[(size_t)(head * GROUP + g) * HEAD_DIM + d] : k[head * HEAD_DIM + d];
+        if (d < HEAD_DIM) x = g < GROUP ? q[(size_t)(head * GROUP + g) * HEAD_DIM + d] : k[key_head * HEAD_DIM + d];
         query[g][d] = x;
     }
     __syncthreads();
@@ -172,7 +172,7 @@ attend(const float* q, const float* k, const float* v, const float* q_norm, cons
     if (owner) {
         for (int d = tid; d < HEAD_DIM; d += THREADS) {
             head_keys[(size_t)own * HEAD_DIM + d] = float_to_half(query[GROUP][d]);
-            head_values[(size_t)own * HEAD_DIM + d] = float_to_half(v[head * HEAD_DIM + d]);
+            head_values[(size_t)own * HEAD_DIM + d] = float_to_half(v[key_head * HEAD_DIM + d]);
         }
     }
     for (int i = tid; i < GROUP * PADDED; i += THREADS) query[i / PADDED][i % PADDED] *= scale * LOG2_E;

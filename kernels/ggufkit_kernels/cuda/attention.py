@@ -90,20 +90,18 @@ class Rotation:
 
 
 class Parts:
-    """What the blocks of one token's attention leave for the last of them; it serves one launch after another."""
+    """How one token's attention is cut up, for a group of queries that share a key head, and what its blocks leave for
+    the last of them. It serves one launch after another."""
 
     def __init__(self, device: Device, cache: CudaCache, group: int):
-        self.splits = splits(device, cache)
-        room = (cache.n_kv_heads, self.splits, group * (cache.head_dim + 2))
-        self.values = device.empty(room, np.float32)
-        self.tickets = device.zeros((cache.n_kv_heads,), np.int32)
-
-
-def splits(device: Device, cache: CudaCache) -> int:
-    """Spans of positions that one token's attention is cut into, at most. More than the cache holds tiles make no
-    difference to who does what, so results do not depend on the cache's room."""
-    most = min(max(1, BLOCKS * device.n_sm // cache.n_kv_heads), TILE)
-    return min(most, -(-cache.positions // TILE))
+        self.group = next(size for size in range(MOST_GROUP, 0, -1) if group % size == 0)  # of a block
+        self.shared = group // self.group  # blocks that read the same key head
+        self.heads = cache.n_kv_heads * self.shared
+        # Spans of positions. More than the cache holds tiles make no difference to who does what, so results do not
+        # depend on the cache's room.
+        self.splits = min(max(1, BLOCKS * device.n_sm // self.heads), TILE, -(-cache.positions // TILE))
+        self.values = device.empty((self.heads, self.splits, self.group * (cache.head_dim + 2)), np.float32)
+        self.tickets = device.zeros((self.heads,), np.int32)
 
 
 def attend(q: Array, k: Array, v: Array, cache: CudaCache, layer: int, position: Array, parts: Parts, out: Array,
@@ -112,13 +110,11 @@ def attend(q: Array, k: Array, v: Array, cache: CudaCache, layer: int, position:
 
     q (1, n_heads, head_dim), k and v (1, n_kv_heads, head_dim); position int32 (1,); out (1, n_heads * head_dim).
     """
-    heads, dim = cache.n_kv_heads, cache.head_dim
-    group = out.shape[1] // (heads * dim)
-    kernel = attend_module(dim, group).kernel("attend")
+    kernel = attend_module(cache.head_dim, parts.group).kernel("attend")
     q_norm, k_norm, eps = norms or (None, None, 0.0)
     return (
-        kernel, (heads, parts.splits), THREADS, q, k, v, q_norm, k_norm, rotation.table, position, cache.keys[layer],
-        cache.values[layer], parts.values, parts.tickets, out, cache.positions, *rotation.words, float(eps),
+        kernel, (parts.heads, parts.splits), THREADS, q, k, v, q_norm, k_norm, rotation.table, position, cache.keys[layer],
+        cache.values[layer], parts.values, parts.tickets, out, cache.positions, parts.shared, *rotation.words, float(eps),
         float(scale),
     )  # fmt: skip
 
