@@ -9,8 +9,9 @@
 #include "sums.cuh"
 
 #ifndef STAGES
-#define STAGES (TOKENS > 2 ? 1 : 2)
+#define STAGES 1
 #endif
+#define TAKEN (TOKENS * ROWS > 32 ? 2 : 4)  // inputs of a token that are held at a time
 
 struct Columns {
     u32 w[4][4];  // column, word
@@ -21,12 +22,18 @@ __device__ __forceinline__ void load_columns(Columns& to, const u8* strip, int q
     for (int k = 0; k < 4; k++) load_words(to.w[k], strip + (size_t)((u32)(4 * quad + k) * COLUMN_NBYTES + 16 * part));
 }
 
-// Four inputs of a token, zeros beyond `cols`. `whole`: rows of x begin at multiples of 16 bytes.
-__device__ __forceinline__ float4 load_inputs(const float* x, int quad, int cols, bool whole) {
-    if (whole) return *(const float4*)(x + 4 * quad);
-    const int count = cols - 4 * quad;
-    x += 4 * quad;
-    return make_float4(x[0], count > 1 ? x[1] : 0.0f, count > 2 ? x[2] : 0.0f, count > 3 ? x[3] : 0.0f);
+// TAKEN inputs of a token, zeros beyond `cols`. `whole`: rows of x begin at multiples of 16 bytes.
+__device__ __forceinline__ void load_inputs(float (&to)[TAKEN], const float* x, int first, int cols, bool whole) {
+    if (whole && TAKEN == 4) {
+        const float4 v = *(const float4*)(x + first);
+        to[0] = v.x, to[1] = v.y, to[2 % TAKEN] = v.z, to[3 % TAKEN] = v.w;
+    } else if (whole) {
+        const float2 v = *(const float2*)(x + first);
+        to[0] = v.x, to[1] = v.y;
+    } else {
+#pragma unroll
+        for (int k = 0; k < TAKEN; k++) to[k] = first + k < cols ? x[first + k] : 0.0f;
+    }
 }
 
 // out (n, rows) = x (n, cols) @ weight.T (+ bias (rows,)) (+ residual (n, rows)). Grid: (strips, tiles of TOKENS tokens).
@@ -53,18 +60,20 @@ extern "C" __global__ void __launch_bounds__(512) plain_matvec(const u8* weights
         for (int k = 0; k < STAGES; k++) {
             const int here = quad + k * stride, next = here + STAGES * stride;
             if (here >= quads) break;
-            float4 in[TOKENS];
 #pragma unroll
-            for (int t = 0; t < TOKENS; t++)
-                in[t] = load_inputs(x + (size_t)min(t, n - 1 - first_token) * cols, here, cols, whole);
+            for (int c = 0; c < 4; c += TAKEN) {
+                float in[TOKENS][TAKEN];
 #pragma unroll
-            for (int c = 0; c < 4; c++) {
+                for (int t = 0; t < TOKENS; t++)
+                    load_inputs(in[t], x + (size_t)min(t, n - 1 - first_token) * cols, 4 * here + c, cols, whole);
 #pragma unroll
-                for (int r = 0; r < ROWS; r++) {
-                    const float w = plain_at(stages[k].w[c], r);
+                for (int j = 0; j < TAKEN; j++) {
 #pragma unroll
-                    for (int t = 0; t < TOKENS; t++)
-                        acc[t * ROWS + r] += w * (c == 0 ? in[t].x : c == 1 ? in[t].y : c == 2 ? in[t].z : in[t].w);
+                    for (int r = 0; r < ROWS; r++) {
+                        const float w = plain_at(stages[k].w[c + j], r);
+#pragma unroll
+                        for (int t = 0; t < TOKENS; t++) acc[t * ROWS + r] += w * in[t][j];
+                    }
                 }
             }
             if (next < quads) load_columns(stages[k], from, next, part);

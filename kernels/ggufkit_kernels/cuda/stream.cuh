@@ -1,4 +1,4 @@
-// Loads of weights. They are read once and need no place in the first-level cache, where inputs are to stay. `volatile`
+// How weights are read, and rounded to halves. They are read once and need no place in the first-level cache, where inputs are to stay. `volatile`
 // keeps their order, so that the compiler does not move a load down to where its result is used.
 #pragma once
 #include "common.cuh"
@@ -27,3 +27,10 @@ __device__ __forceinline__ void load_words(u32 (&to)[1], const u8* from) {
     asm volatile(STREAM ".u32 %0, [%1];" : "=r"(to[0]) : "l"(from));
 }
 #endif
+
+// A weight as float16, to nearest even. What is finite stays so: beyond 65,504 it becomes 65,504.
+__device__ __forceinline__ u16 half_of_weight(float w) {
+    const u16 h = float_to_half(w);
+    const bool beyond = (h & 0x7fff) == 0x7c00 && (__float_as_uint(w) & 0x7fffffffu) != 0x7f800000u;
+    return beyond ? (u16)(h - 1) : h;
+}
