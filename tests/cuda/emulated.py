@@ -21,7 +21,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -93,13 +93,6 @@ def library_path(module: Module) -> Path:
                 raise DeviceError(f"g++ refuses {module.file} with {dict(module.defines)}:\n{done.stderr[:4000]}")
             part.replace(library)
     return library
-
-
-def compile_all(modules: Iterable[Module]) -> None:
-    """Compile modules side by side, so that tests which need many of them wait less."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(library_path, list(modules)):
-            pass
 
 
 class Entry:
@@ -220,6 +213,13 @@ class EmulatedDevice:
         self.name, self.arch, self.n_sm = "emulated", arch, n_sm
         self.total, self.used, self.launches = total, 0, 0
         self.reversed = "reversed" in WORDS if reverse is None else reverse
+
+    def compile(self, modules: Iterable[Module], progress: Callable[[int, int], None] | None = None) -> None:
+        wanted = list(dict.fromkeys(modules))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for k, _ in enumerate(pool.map(library_path, wanted)):
+                if progress is not None:
+                    progress(k + 1, len(wanted))
 
     def _new(self, shape: Sequence[int], dtype: Any) -> np.ndarray:
         dtype = np.dtype(dtype)
