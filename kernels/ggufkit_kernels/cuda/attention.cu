@@ -86,12 +86,12 @@ __device__ __forceinline__ float2 load_fresh(const float* at) {
     return v;
 }
 
-// One row of HEAD_DIM floats, normed (where `norm` is not null), by a warp.
+// One row of HEAD_DIM floats, normed by a warp, in the order of rmsnorm_short (elementwise.cu).
 __device__ void norm_row(float* x, const float* norm, float eps, int lane) {
     float total = 0.0f;
     for (int i = lane; i < HEAD_DIM; i += 32) total += x[i] * x[i];
-    const float root = sqrtf(warp_sum(total) / HEAD_DIM + eps);
-    for (int i = lane; i < HEAD_DIM; i += 32) x[i] = x[i] / root * norm[i];
+    const float factor = 1.0f / sqrtf(warp_sum(total) / (float)HEAD_DIM + eps);
+    for (int i = lane; i < HEAD_DIM; i += 32) x[i] = x[i] * factor * norm[i];
 }
 
 // The joined result of all parts of a key head. All threads come.

@@ -20,7 +20,7 @@ from ..cpu import pack_fast
 from ..cpu.memory import Arena
 from ..cpu.tape import rotations
 from ..cpu.team import default_threads, team
-from . import attention, elementwise, weights
+from . import attention, launches, weights
 from .attention import CudaCache, Parts, Rotation
 from .device import Array, Device
 from .loader import Module
@@ -30,7 +30,6 @@ __all__ = ["CudaCache", "CudaOps", "CudaWeight"]
 
 FEW = MOST_TOKENS  # up to so many tokens go through the matvec kernels, more through cuBLAS
 SLAB_NBYTES = 64 << 20  # of weights unpacked to halves at a time
-MOST_TOP = elementwise.MOST_TOP
 
 
 class Preparation:
@@ -53,7 +52,7 @@ class CudaOps:
 
     name = "cuda"
     n_batch = 2048  # tokens of a prompt at a time: what unpacking the weights costs is spread over them
-    most_top = MOST_TOP  # logits that `top` finds at most
+    most_top = launches.MOST_TOP  # logits that `top` finds at most
 
     def __init__(self, device: Device, threads: int | None = None):
         if threads is not None and threads < 1:
@@ -111,7 +110,7 @@ class CudaOps:
         progress: Callable[[int, int], None] | None = None,
     ) -> Preparation:
         """Begin to compile what a network with matrices of these types needs; see `Ops.prepare`."""
-        found = [*weights.modules([*types, *ends]), elementwise.ELEMENTWISE, elementwise.SAMPLE, attention.PROMPT]
+        found = [*weights.modules([*types, *ends]), launches.ELEMENTWISE, launches.SAMPLE, attention.PROMPT]
         return Preparation(self.device, found, progress)
 
     def weight(self, tensor: Tensor, scale: float = 1.0) -> CudaWeight:
@@ -176,9 +175,7 @@ class CudaOps:
         if n <= FEW or weight.layout.values == "f32":  # which halves would round
             self._matvec(weight, x, bias, out)
         else:
-            self._gemm(weight, x, out)
-            if bias is not None:
-                self.device.launch(*elementwise.add_bias(out, bias))
+            self._gemm(weight, x, bias, out)
         return out
 
     def _matvec(self, weight: CudaWeight, x: Array, bias: Array | None, out: Array) -> None:
@@ -189,14 +186,16 @@ class CudaOps:
             self.device.launch(*weights.quantize(x, inputs, n))
         self.device.launch(*weight.matvec(inputs, out, n, bias))
 
-    def _gemm(self, weight: CudaWeight, x: Array, out: Array) -> None:
+    def _gemm(self, weight: CudaWeight, x: Array, bias: Array | None, out: Array) -> None:
         """By cuBLAS on weights unpacked to halves, some rows at a time. Inputs of weights that are plain numbers go as
         two halves, whose sum has 22 bits: nothing else rounds these weights' inputs."""
         (rows, cols), n = weight.shape, x.shape[0]
-        pieces = 1 if weight.takes_bytes else 2
         high, factors = self.scratch("halves", (n, cols), np.float16), self.scratch("factors", (n,), np.float32)
-        low = self.scratch("low", (n, cols), np.float16) if pieces == 2 else None
-        self.device.launch(*elementwise.halves(x, high, low, factors))
+        launches.halves(self.device, x, high, factors)
+        low = None if weight.takes_bytes else self.scratch("low", (n, cols), np.float16)
+        if low is not None:
+            grid = (-(-cols // 1024), n)
+            self.device.launch(attention.PROMPT.kernel("low_halves"), grid, 256, x, high, factors, low, cols)
         step = max(1, SLAB_NBYTES // (2 * cols * weights.LANES)) * weights.LANES
         slab = self.scratch("slab", (min(step, rows), cols), np.float16)
         for first in range(0, rows, step):
@@ -206,7 +205,7 @@ class CudaOps:
             self.device.gemm(high, part, out[:, first:last])
             if low is not None:
                 self.device.gemm(low, part, out[:, first:last], beta=1.0)
-        self.device.launch(*elementwise.multiply_rows(out, factors))
+        launches.undo_halves(self.device, out, factors, bias)
 
     # -- the rest ------------------------------------------------------------------------------------
 
@@ -216,7 +215,7 @@ class CudaOps:
             raise UsageError(f"a norm of {weight.shape} does not fit {x.shape}")
         out = self.array(*x.shape)
         if x.nbytes:
-            self.device.launch(*elementwise.rmsnorm(x, weight, out, eps))
+            launches.rmsnorm(self.device, x, weight, out, eps)
         return out
 
     def rope(self, x: Array, start: int, freqs: np.ndarray, interleaved: bool, scale: float = 1.0) -> Array:
@@ -224,7 +223,7 @@ class CudaOps:
         check_rope(x.shape, freqs)
         rotation = self.rotation(freqs, interleaved, scale, start + x.shape[0])
         if x.nbytes:
-            self.device.launch(*elementwise.rope(x, rotation, self.position(start)))
+            launches.rope(self.device, x, rotation.table, self.position(start), rotation.pairs, interleaved)
         return x
 
     def attend(
@@ -247,21 +246,21 @@ class CudaOps:
 
     def swiglu(self, gate: Array, up: Array) -> Array:
         """silu(gate) * up, elementwise, into `gate`."""
-        return self._elementwise(elementwise.swiglu, gate, up)
+        return self._elementwise("swiglu", gate, up)
 
     def relu2(self, gate: Array, up: Array) -> Array:
         """max(gate, 0)² * up, elementwise, into `gate`."""
-        return self._elementwise(elementwise.relu2, gate, up)
+        return self._elementwise("relu2", gate, up)
 
     def add(self, x: Array, y: Array) -> Array:
         """x + y, elementwise, into `x`."""
-        return self._elementwise(elementwise.add, x, y)
+        return self._elementwise("add", x, y)
 
-    def _elementwise(self, launch: Callable, x: Array, y: Array) -> Array:
+    def _elementwise(self, name: str, x: Array, y: Array) -> Array:
         if x.shape != y.shape:
             raise UsageError(f"shapes {x.shape} and {y.shape} differ")
         if x.nbytes:
-            self.device.launch(*launch(x, y, x))
+            launches.map2(self.device, name, x, y, x)
         return x
 
     def to_numpy(self, x: Array) -> np.ndarray:
@@ -274,7 +273,11 @@ class CudaOps:
         n_vocab = logits.shape[-1]
         if not 1 <= k <= min(self.most_top, n_vocab) or logits.shape[0] != 1:
             raise UsageError(f"the {k} largest of {logits.shape} logits cannot be had")
-        return elementwise.top(self.device, self.scratch, logits, k)
+        room = self.scratch("top", (launches.top_scratch(n_vocab),), np.uint64)
+        out = self.scratch(f"top {k}", (2, k), np.int32)
+        launches.top(self.device, logits, k, room, out)
+        ids, values = launches.top_of(self.device.download(out))
+        return ids.astype(np.int64), values
 
 
 def check_rope(shape: tuple[int, ...], freqs: np.ndarray) -> None:

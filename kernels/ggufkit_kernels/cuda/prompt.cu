@@ -101,3 +101,14 @@ scatter(const float* x, const float* sums, float* out, int group, int dim) {
     float* const to = out + ((size_t)t * heads + head) * count;
     for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = from[i] / over[i / dim];
 }
+
+// What rounding to halves left of x: x float32 (n, cols), high float16 (n, cols) as `halves` (elementwise.cu) makes it with
+// factors (n,) -> low float16 (n, cols), high + low = x / factor to 22 bits. Grid (any, n).
+extern "C" __global__ void __launch_bounds__(256)
+low_halves(const float* x, const u16* high, const float* factors, u16* low, int cols) {
+    const size_t at = (size_t)blockIdx.y * cols;
+    const float down = 1.0f / factors[blockIdx.y];  // a power of two
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < cols; i += gridDim.x * blockDim.x) {
+        low[at + i] = float_to_half(x[at + i] * down - half_to_float(high[at + i]));
+    }
+}

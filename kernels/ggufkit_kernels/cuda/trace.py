@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from ggufkit_formats.errors import UsageError
 
-from . import attention, elementwise, weights
+from . import attention, launches, weights
 from .attention import CudaCache, Parts, Rotation
 from .device import Array
 from .ops import CudaOps, check_attend, check_rope
@@ -131,6 +131,17 @@ class Recorder:
         return self._node(kind, (x, y), (), x.shape)
 
 
+class Kept:
+    """Stands for a device where launches are only to be kept."""
+
+    def __init__(self, n_sm: int):
+        self.n_sm = n_sm
+        self.launches: list[Launch] = []
+
+    def launch(self, *launch: Any) -> None:
+        self.launches.append(launch)
+
+
 class Program:
     """The launches that recorded calls become, by levels."""
 
@@ -189,6 +200,13 @@ class Program:
 
     # -- arrays ------------------------------------------------------------------------------------
 
+    def _run(self, function: Callable, reads: tuple[Any, ...], writes: tuple[Any, ...], *args: Any) -> None:
+        """Add the launch that a function of launches.py makes."""
+        kept: Any = Kept(self.ops.device.n_sm)
+        function(kept, *args)
+        (launch,) = kept.launches
+        self._add(launch, reads, writes)
+
     def _add(self, launch: Launch, reads: tuple[Any, ...], writes: tuple[Any, ...]) -> int:
         level = max((self._level.get(id(x), -1) for x in reads if x is not None), default=-1) + 1
         while len(self.levels) <= level:
@@ -239,58 +257,54 @@ class Program:
             return self._emit_matmul(product, node, other)
         x, y = map(self._value, node.reads)
         out = self._new(node)
-        self._add(elementwise.add(x, y, out), (x, y), (out,))
-        return None
+        return self._run(launches.map2, (x, y), (out,), "add", x, y, out)
 
     def _emit_rmsnorm(self, node: Node) -> None:
         weight, eps = node.args
         x = self._value(node.reads[0])
+
+        def plain(out: Array) -> None:
+            self._run(launches.rmsnorm, (x,), (out,), x.reshape(node.shape), weight, out, eps)
+
         if node.size != node.shape[-1]:  # of heads
-            out = self._new(node)
-            self._add(elementwise.rmsnorm(x, weight, out, eps), (x,), (out,))
+            plain(self._new(node))
         else:
-            self._emit_inputs(
-                node,
-                (x,),
-                lambda out: elementwise.rmsnorm(x, weight, out, eps),
-                lambda to, out: weights.norm_quantize(x, weight, eps, to, 1, out),
-            )
+            self._emit_inputs(node, (x,), plain, lambda to, out: weights.norm_quantize(x, weight, eps, to, 1, out))
 
     def _emit_swiglu(self, node: Node) -> None:
-        gate, up = map(self._value, node.reads)
-        self._emit_inputs(
-            node,
-            (gate, up),
-            lambda out: elementwise.swiglu(gate, up, out),
-            lambda to, out: weights.gate_quantize(gate, up, False, to, 1, out),
-        )
+        self._emit_gate(node, False)
 
     def _emit_relu2(self, node: Node) -> None:
+        self._emit_gate(node, True)
+
+    def _emit_gate(self, node: Node, squared: bool) -> None:
         gate, up = map(self._value, node.reads)
+
+        def plain(out: Array) -> None:
+            self._run(launches.map2, (gate, up), (out,), node.kind, gate, up, out)
+
         self._emit_inputs(
-            node,
-            (gate, up),
-            lambda out: elementwise.relu2(gate, up, out),
-            lambda to, out: weights.gate_quantize(gate, up, True, to, 1, out),
+            node, (gate, up), plain, lambda to, out: weights.gate_quantize(gate, up, squared, to, 1, out)
         )
 
     def _emit_inputs(self, node: Node, reads: tuple[Array, ...], plain: Callable, fused: Callable) -> None:
         """By `fused` where matrices of codes read it, with float32 numbers beside it only where others do."""
         bytes_wanted = [self._takes_bytes(reader) for reader in node.readers]
         if not any(bytes_wanted):
-            out = self._new(node)
-            self._add(plain(out), reads, (out,))
-            return
+            return plain(self._new(node))
         out = None if all(bytes_wanted) and node is not self.output else self._new(node)
         to = self._inputs[node] = Inputs(self.ops.device, 1, node.size)
         self._add(fused(to, out), reads, (to,) if out is None else (to, out))
+        return None
 
     def _emit_rope(self, node: Node) -> None:
-        source = self._value(node.reads[0])
-        out = self._new(node)
-        level = self._add(elementwise.copy(source, out), (source,), (out,))
-        assert level >= 0
-        self._add(elementwise.rope(out, self._rotation(node.args), self.position), (out,), (out,))
+        x = self._value(node.reads[0])
+        out, turned = self._new(node), self._rotation(node.args)
+        # x + 0, since rotation works in place and others may read x
+        zeros = self.ops.device.zeros(node.shape, np.float32)
+        self._run(launches.map2, (x,), (out,), "add", x, zeros, out)
+        args = (out, turned.table, self.position, turned.pairs, turned.interleaved)
+        self._run(launches.rope, (out,), (out,), *args)
 
     def _rotation(self, args: tuple[Any, ...]) -> Rotation:
         freqs, interleaved, scale = args
