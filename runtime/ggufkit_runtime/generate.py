@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from ggufkit_formats import gguf
 from ggufkit_formats.blocks import ScaledType
-from ggufkit_formats.errors import FormatError, UnsupportedError, UsageError
+from ggufkit_formats.errors import FormatError, UsageError
 from ggufkit_formats.tensor import Tensor
 
 from . import fit, models, tokenizer, weights
@@ -39,9 +39,10 @@ def load(
 
     `device` is auto (cuda where there is a GPU and what drives it, else cpu), cpu, cuda, or reference (plain NumPy in
     float32, slow, for checking). `n_gpu_layers` are the last layers that go to the GPU (more than there are: the output
-    too), None as many as fit. `pre` overrides the file's pre-tokenizer. `progress` is told (bytes loaded, in all), `kernels` (kernels compiled, in all) where some
-    have to be, from another thread; without it a line on stderr says so. Raises FormatError for a broken file,
-    UnsupportedError for an unknown architecture.
+    too), None as many as fit. `pre` overrides the file's pre-tokenizer. `progress` is told (bytes loaded, in all),
+    `kernels` (kernels compiled, in all) where some have to be, from another thread; without it a line on stderr says
+    so. Raises FormatError for a broken file, UnsupportedError for an unknown architecture, DeviceError where the device
+    is not to be had.
     """
     began = time.perf_counter()
     with gguf.open(path) as file:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from ggufkit_kernels.cpu.tape import rotations
+from ggufkit_kernels.cuda import launches
 from ggufkit_kernels.cuda.loader import module
 from ggufkit_kernels.ops_ref import RefOps
 
@@ -32,7 +33,8 @@ class Case:
         self.n, self.start, self.positions = n, before, positions
         heads = self.kv_heads * self.group
         self.q, self.k, self.v = (
-            rng.standard_normal((n, count, self.dim)).astype(np.float32) for count in (heads, self.kv_heads, self.kv_heads)
+            rng.standard_normal((n, count, self.dim)).astype(np.float32)
+            for count in (heads, self.kv_heads, self.kv_heads)
         )
         self.q_norm, self.k_norm = (rng.uniform(0.5, 1.5, self.dim).astype(np.float32) for _ in range(2))
         old = rng.standard_normal((2, before, self.kv_heads, self.dim)).astype(np.float16)
@@ -155,7 +157,9 @@ def prompt(case, tile, pairs, interleaved, rotate_q=True):
         device.launch(kernels.kernel("softmax"), (rows, heads), 256, scores, weights, sums, case.position, first, group,
                       width)  # fmt: skip
         device.gemm(weights, case.values[:, :width], result, transposed=False)
-        device.launch(kernels.kernel("scatter"), (count, heads), 128, result, sums, out[first : first + count], group, dim)
+        device.launch(
+            kernels.kernel("scatter"), (count, heads), 128, result, sums, out[first : first + count], group, dim
+        )
     return device.download(q), device.download(out)
 
 
@@ -178,3 +182,15 @@ def test_prompt_of_rotated_queries(device):
     assert np.array_equal(q, case.q)
     np.testing.assert_allclose(found, expected, rtol=4e-3, atol=4e-3)
     case.check_cache()
+
+
+def test_two_halves(device):
+    """`low_halves` holds what rounding left: both together are the number to 22 bits, over the row's factor."""
+    x = np.random.default_rng(1).standard_normal((3, 41)).astype(np.float32) * np.float32([[1], [1e6], [1e-3]])
+    on_device, factors = device.upload(x), device.empty((3,), np.float32)
+    high, low = device.empty(x.shape, np.float16), device.empty(x.shape, np.float16)
+    launches.halves(device, on_device, high, factors)
+    device.launch(module("prompt.cu").kernel("low_halves"), (1, 3), 256, on_device, high, factors, low, 41)
+    both = device.download(high).astype(np.float64) + device.download(low)
+    found = both * device.download(factors)[:, None]
+    np.testing.assert_allclose(found, x, rtol=2.0**-21, atol=2.0**-25)

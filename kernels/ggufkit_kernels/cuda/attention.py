@@ -113,9 +113,9 @@ def attend(q: Array, k: Array, v: Array, cache: CudaCache, layer: int, position:
     kernel = attend_module(cache.head_dim, parts.group).kernel("attend")
     q_norm, k_norm, eps = norms or (None, None, 0.0)
     return (
-        kernel, (parts.heads, parts.splits), THREADS, q, k, v, q_norm, k_norm, rotation.table, position, cache.keys[layer],
-        cache.values[layer], parts.values, parts.tickets, out, cache.positions, parts.shared, *rotation.words, float(eps),
-        float(scale),
+        kernel, (parts.heads, parts.splits), THREADS, q, k, v, q_norm, k_norm, rotation.table, position,
+        cache.keys[layer], cache.values[layer], parts.values, parts.tickets, out, cache.positions, parts.shared, *rotation.words,
+        float(eps), float(scale),
     )  # fmt: skip
 
 

@@ -1,11 +1,12 @@
 """Part of a network on a GPU, the rest on the CPU: a backend made of two, that follows where the weights are.
 
 `HybridOps(cpu, gpu, n_layers, n_gpu_layers)` puts the last layers' tensors on the GPU. Embedding and output stay on the
-CPU, as in llama.cpp, whose n_gpu_layers is larger than n_layers where all is on the GPU, and no hybrid then. A forward is cut where the weights that it asks for change sides,
-into at most three segments (CPU, GPU, CPU); numbers cross over there, and nowhere else: the residual stream, 16 KB a
-token for an 8B network. A segment is the network itself, run by a backend (`Segment`) that does nothing until its weights
-come, and stops when they have been; so each side records and replays a token in its own way (cpu/tape.py,
-cuda/trace.py), and no network knows of it.
+CPU, as in llama.cpp (where all is on the GPU its n_gpu_layers is larger than n_layers; here that is no hybrid then).
+
+A forward is cut where the weights that it asks for change sides, into at most three segments (CPU, GPU, CPU); numbers
+cross over there, and nowhere else: the residual stream, 16 KB a token for an 8B network. A segment is the network, run
+by a backend (`Segment`) that does nothing until its weights come, and stops when they have been; so each side records
+and replays a token in its own way (cpu/tape.py, cuda/trace.py), and no network knows of it.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Elsewhere:
         return Elsewhere()
 
 
-class Crossed(Exception):  # noqa: N818 - it ends a segment, it is no error
+class Crossed(Exception):
     """The network asks for weights of the other side, with this result."""
 
     def __init__(self, value: Any):

@@ -18,6 +18,7 @@ from ggufkit_formats.tensor import Tensor
 
 from ..cpu import pack_fast
 from ..cpu.memory import Arena
+from ..cpu.simd import LANES
 from ..cpu.tape import rotations
 from ..cpu.team import default_threads, team
 from . import attention, launches, weights
@@ -196,7 +197,7 @@ class CudaOps:
         if low is not None:
             grid = (-(-cols // 1024), n)
             self.device.launch(attention.PROMPT.kernel("low_halves"), grid, 256, x, high, factors, low, cols)
-        step = max(1, SLAB_NBYTES // (2 * cols * weights.LANES)) * weights.LANES
+        step = max(1, SLAB_NBYTES // (2 * cols * LANES)) * LANES
         slab = self.scratch("slab", (min(step, rows), cols), np.float16)
         for first in range(0, rows, step):
             last = min(rows, first + step)
@@ -226,9 +227,7 @@ class CudaOps:
             launches.rope(self.device, x, rotation.table, self.position(start), rotation.pairs, interleaved)
         return x
 
-    def attend(
-        self, q: Array, k: Array, v: Array, cache: CudaCache, layer: int, start: int, scale: float
-    ) -> Array:
+    def attend(self, q: Array, k: Array, v: Array, cache: CudaCache, layer: int, start: int, scale: float) -> Array:
         """Store k and v at `start`, then causal attention of q over positions 0 … own; see `Ops.attend`."""
         group = check_attend(q.shape, k.shape, v.shape, cache)
         if start < 0:

@@ -283,9 +283,7 @@ class Program:
         def plain(out: Array) -> None:
             self._run(launches.map2, (gate, up), (out,), node.kind, gate, up, out)
 
-        self._emit_inputs(
-            node, (gate, up), plain, lambda to, out: weights.gate_quantize(gate, up, squared, to, 1, out)
-        )
+        self._emit_inputs(node, (gate, up), plain, lambda to, out: weights.gate_quantize(gate, up, squared, to, 1, out))
 
     def _emit_inputs(self, node: Node, reads: tuple[Array, ...], plain: Callable, fused: Callable) -> None:
         """By `fused` where matrices of codes read it, with float32 numbers beside it only where others do."""
@@ -340,7 +338,13 @@ class Trace:
     """The recorded forward of one token."""
 
     def __init__(
-        self, ops: CudaOps, network: Callable, config: Any, weights: Any, cache: CudaCache, given: tuple[int, ...] | None
+        self,
+        ops: CudaOps,
+        network: Callable,
+        config: Any,
+        weights: Any,
+        cache: CudaCache,
+        given: tuple[int, ...] | None,
     ):
         self._key = (ops, network, config, weights, given)
         self._positions = cache.positions
