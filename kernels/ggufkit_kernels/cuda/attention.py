@@ -114,8 +114,8 @@ def attend(q: Array, k: Array, v: Array, cache: CudaCache, layer: int, position:
     q_norm, k_norm, eps = norms or (None, None, 0.0)
     return (
         kernel, (parts.heads, parts.splits), THREADS, q, k, v, q_norm, k_norm, rotation.table, position,
-        cache.keys[layer], cache.values[layer], parts.values, parts.tickets, out, cache.positions, parts.shared, *rotation.words,
-        float(eps), float(scale),
+        cache.keys[layer], cache.values[layer], parts.values, parts.tickets, out, cache.positions, parts.shared,
+        *rotation.words, float(eps), float(scale),
     )  # fmt: skip
 
 
