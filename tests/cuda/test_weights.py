@@ -258,11 +258,12 @@ def test_modules_are_those_of_all_types() -> None:
 
 def test_warps_share_evenly() -> None:
     for steps in range(1, 500):
-        for stages in (1, 2, 4):
-            warps = weights.warps_of(steps, stages)
-            assert 1 <= warps <= weights.MOST_WARPS
-            if steps > weights.MOST_WARPS * stages:
-                assert warps >= 8 and -(-steps // warps) * warps <= 1.15 * steps
+        for stages in (1, 2):
+            for most in (8, 12, 16):
+                warps = weights.warps_of(steps, stages, most)
+                assert 1 <= warps <= most
+                if steps > most * stages:
+                    assert warps > most // 2 and -(-steps // warps) * warps < 1.2 * steps
 
 
 @pytest.mark.parametrize("family", ["plain", "avx512"])

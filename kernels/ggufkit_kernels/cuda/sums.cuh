@@ -1,8 +1,7 @@
-// How the threads of a block join their sums of one strip's rows, and what is made of them.
+// How the threads of a block, which has at most MOST_WARPS warps, join their sums of one strip's rows, and what is
+// made of them.
 #pragma once
 #include "common.cuh"
-
-#define MOST_WARPS 16
 
 // Sums of the first LEFT values over the lanes that have the same rows: those whose numbers are alike below SHARE. At
 // each step a lane hands half of its sums over and takes up the other half, so that about LEFT shuffles do. Afterwards a

@@ -22,7 +22,7 @@ Launch = tuple[Any, ...]  # the arguments of `Device.launch`
 
 TILES = (1, 2, 4, 8)  # tokens that a matvec may take at once
 MOST_TOKENS = TILES[-1]
-MOST_WARPS = 16  # of a block, as in sums.cuh
+MANY_STRIPS = 512  # from which smaller blocks have enough warps together
 THREADS = 256  # of blocks that share a row among them
 UNPACK_TILES = 4  # tiles of a block of `unpack`
 PLAIN_TILE = 256  # columns, as in plain_unpack.cu
@@ -50,19 +50,22 @@ def layout_defines(layout: Layout, lanes: int = LANES) -> dict[str, int | str]:
     }
 
 
+def most_warps(layout: Layout) -> int:
+    """Warps of a block of a matvec, so many that two blocks find registers on a multiprocessor: 64 a thread, or 85."""
+    return 12 if layout.bits in (6, 7) or (layout.bits == 5 and layout.group == 16) else 16
+
+
 def stages_of(layout: Layout, tokens: int) -> int:
-    """Steps whose weights are on their way at once: what registers hold, about 128 bytes a thread."""
-    if tokens > 2:
-        return 1
-    if layout.is_plain:
-        return 2
-    return 1 if layout.bits >= 7 else 2 if layout.bits >= 4 else 3 if layout.bits >= 2 else 4
+    """Chunks of a thread that are on their way at once."""
+    few = layout.is_plain or (layout.bits < 3 and layout.group > 16)
+    return 2 if few and tokens <= 2 else 1
 
 
 def matvec_module(layout: Layout, tokens: int, lanes: int = LANES) -> Module:
     """The module of products with a tile of `tokens` tokens."""
     file = "plain.cu" if layout.is_plain else "matvec.cu"
-    return module(file, TOKENS=tokens, STAGES=stages_of(layout, tokens), **layout_defines(layout, lanes))
+    macros = layout_defines(layout, lanes)
+    return module(file, TOKENS=tokens, STAGES=stages_of(layout, tokens), MOST_WARPS=most_warps(layout), **macros)
 
 
 def unpack_module(layout: Layout, lanes: int = LANES) -> Module:
@@ -140,12 +143,12 @@ def gate_quantize(gate: Array, up: Array, squared: bool, to: Inputs, n: int, y: 
 # -- a matrix -------------------------------------------------------------------------------------------
 
 
-def warps_of(steps: int, stages: int) -> int:
-    """Warps of a block whose rows take `steps` steps of a warp: as many as can have all of it on its way at once; for
-    long rows 8 to 16 that share it evenly."""
-    if steps <= MOST_WARPS * stages:
-        return max(1, -(-steps // stages))
-    return min(range(MOST_WARPS, MOST_WARPS // 2 - 1, -1), key=lambda warps: -(-steps // warps) * warps)
+def warps_of(steps: int, stages: int, most: int) -> int:
+    """Warps of a block whose rows take `steps` steps of a warp: as many as have all of it on their way at once, else a
+    number near `most` that shares it evenly."""
+    if steps <= most * stages:
+        return -(-steps // stages)
+    return min(range(most, most // 2, -1), key=lambda warps: -(-steps // warps) * warps)
 
 
 def tile_of(n: int) -> int:
@@ -174,15 +177,17 @@ class CudaWeight:
         """Whether it is multiplied with `Inputs`; with float32 else."""
         return not self.layout.is_plain
 
-    def _warps(self, tokens: int) -> int:
-        """The same for all numbers of tokens, so that sums have one order."""
+    @property
+    def warps(self) -> int:
+        """Of a block of a matvec: the same for all numbers of tokens, so that sums have one order."""
         if self.layout.is_plain:
             side_by_side = 16 // (4 if self.layout.values == "f32" else 2)
             unit, share = 4, LANES // side_by_side
         else:
             unit, share = 32, LANES // 4
         steps = -(-self.padded // (unit * 32 // share))
-        return warps_of(steps, stages_of(self.layout, 1))
+        most = most_warps(self.layout)
+        return warps_of(steps, stages_of(self.layout, 1), most if self.strips <= MANY_STRIPS else min(most, 8))
 
     def matvec(self, x: Array | Inputs, out: Array, n: int, bias: Array | None = None, add: Array | None = None) -> Launch:
         """out (n, rows) = x @ weight.T (+ bias (rows,)) (+ add (n, rows), which may be `out`).
@@ -191,7 +196,7 @@ class CudaWeight:
         """
         rows, cols = self.shape
         tokens = tile_of(n)
-        grid, threads = (self.strips, -(-n // tokens)), 32 * self._warps(tokens)
+        grid, threads = (self.strips, -(-n // tokens)), 32 * self.warps
         compiled = matvec_module(self.layout, tokens)
         if self.layout.is_plain:
             return compiled.kernel("plain_matvec"), grid, threads, self.codes, x, bias, add, out, rows, cols, n
