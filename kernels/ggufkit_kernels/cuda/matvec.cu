@@ -136,7 +136,7 @@ __device__ __forceinline__ void step(Stage& stage, float (&acc)[4 * TOKENS], con
 
 // out (n, rows) = factor * x (n, cols) @ weight.T (+ bias (rows,)) (+ residual (n, rows)), x as `quantize` leaves it.
 // Grid: (strips, tiles of TOKENS tokens); what a tile has beyond n repeats the last token and is not written.
-extern "C" __global__ void __launch_bounds__(32 * MOST_WARPS, MIN_BLOCKS)
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, MIN_BLOCKS)
     matvec(const u8* codes, const u8* d, const u8* scale, const u8* dmin, const u8* minimum, const u8* tables,
            const i8* q, const uint2* a, const float* bias, const float* residual, float* out, int rows, int chunks,
            int n, float factor) {

@@ -34,7 +34,7 @@ __device__ __forceinline__ void load_inputs(float (&to)[TAKEN], const float* x, 
 }
 
 // out (n, rows) = x (n, cols) @ weight.T (+ bias (rows,)) (+ residual (n, rows)). Grid: (strips, tiles of TOKENS tokens).
-extern "C" __global__ void __launch_bounds__(32 * MOST_WARPS)
+extern "C" __global__ void __launch_bounds__(MOST_THREADS)
     plain_matvec(const u8* weights, const float* x, const float* bias, const float* residual, float* out, int rows,
                  int cols, int n) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
