@@ -76,5 +76,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS)
             if (next < quads) load_columns(stages[k], from, next, part);
         }
     }
-    finish<TOKENS, ROWS, PARTS>(acc, strip, first_token, rows, n, 1.0f, bias, residual, out);
+    __shared__ float factor;
+    if (threadIdx.x == 0) factor = 1.0f;
+    finish<TOKENS, ROWS, PARTS>(acc, strip, first_token, rows, n, &factor, bias, residual, out);
 }

@@ -32,11 +32,11 @@ __device__ __forceinline__ float extra_of(const float* bias, const float* residu
 }
 
 // acc: sums of R rows (from R * (lane % SHARE) of the strip on) of T tokens each, in every thread of a block of at
-// most MOST_WARPS warps. out (n, rows) = factor * their sums over the block (+ bias (rows,)) (+ residual (n, rows)).
+// most MOST_WARPS warps. out (n, rows) = *factor (in shared memory) * their sums over the block (+ bias (rows,)) (+ residual (n, rows)).
 // `residual` may be `out`.
 template <int T, int R, int SHARE>
-__device__ __forceinline__ void finish(float (&acc)[T * R], int strip, int first_token, int rows, int n, float factor,
-                                       const float* bias, const float* residual, float* out) {
+__device__ __forceinline__ void finish(float (&acc)[T * R], int strip, int first_token, int rows, int n,
+                                       const float* factor, const float* bias, const float* residual, float* out) {
     __shared__ float partial[MOST_WARPS][T * R * SHARE];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int i0 = threadIdx.x, row0 = strip * (R * SHARE) + i0 % (R * SHARE), token0 = first_token + i0 / (R * SHARE);
@@ -60,6 +60,6 @@ __device__ __forceinline__ void finish(float (&acc)[T * R], int strip, int first
         float sum = 0.0f;
         for (int w = 0; w < warps; w++) sum += partial[w][i];
         const float extra = i == i0 ? extra0 : extra_of(bias, residual, row, token, rows);
-        out[(size_t)token * rows + row] = sum * factor + extra;
+        out[(size_t)token * rows + row] = sum * *factor + extra;
     }
 }
