@@ -57,9 +57,25 @@ struct Chunk {
     u32 scale[UNITS][1], minimum[UNITS][1];
 };
 
-__device__ __forceinline__ void load_chunk(Chunk& to, const Strip& from, int chunk, int part) {
-#pragma unroll
-    for (int k = 0; k < BITS; k++) load_words(to.code[k], from.codes + (u32)(chunk * CHUNK_NBYTES + k * VECTOR + 16 * part));
+// Where a thread's codes of a chunk begin. A strip has less than 2**32 bytes.
+__device__ __forceinline__ const u8* codes_at(const Strip& from, int chunk, int part) {
+    return from.codes + (u32)(chunk * CHUNK_NBYTES + 16 * part);
+}
+
+// The vectors that hold codes of quads q and q + 4 and of no quads that are taken later, in the order q = 0 … 3.
+__device__ __forceinline__ void load_codes(Chunk& to, const u8* codes, int q) {
+    if (BITS == 8) {
+        load_words(to.code[q], codes + q * VECTOR);
+        load_words(to.code[(q + 4) % BITS], codes + (q + 4) * VECTOR);
+        return;
+    }
+    if (BITS & 4) load_words(to.code[q % BITS], codes + q * VECTOR);
+    if (BITS & 2 && q >= 2) load_words(to.code[(PLANE_2 + q % 2) % BITS], codes + (PLANE_2 + q % 2) * VECTOR);
+    if (BITS & 1 && q == 3) load_words(to.code[PLANE_1 % BITS], codes + PLANE_1 * VECTOR);
+}
+
+// d, dmin, scales and minima.
+__device__ __forceinline__ void load_scales(Chunk& to, const Strip& from, int chunk, int part) {
 #pragma unroll
     for (int u = 0; u < D_UNITS; u++) {
         const u32 at = ((D_UNITS == 2 ? 2 * chunk + u : chunk / BLOCK_CHUNKS) * LANES + 4 * part) * NUMBER_NBYTES;
@@ -73,6 +89,13 @@ __device__ __forceinline__ void load_chunk(Chunk& to, const Strip& from, int chu
         if (JOINED == 6 && (UNITS == 1 || u == 0)) load_words(to.minimum[u], from.minimum + group / 2 * LANES + 4 * part);
         if (JOINED == 0 && MINIMUM == 2) load_words(to.minimum[u], from.minimum + group * LANES + 4 * part);
     }
+}
+
+__device__ __forceinline__ void load_chunk(Chunk& to, const Strip& from, int chunk, int part) {
+    const u8* codes = codes_at(from, chunk, part);
+#pragma unroll
+    for (int q = 0; q < 4; q++) load_codes(to, codes, q);
+    load_scales(to, from, chunk, part);
 }
 
 // -- numbers -----------------------------------------------------------------------------------------------
@@ -170,17 +193,13 @@ __device__ __forceinline__ void look_up(const u32 (&table)[4], u32 nibbles, u32&
 }
 #endif
 
-// The bytes that meet int8 inputs, of all eight quads of row r: codes, or what the table says.
-__device__ __forceinline__ void quads_of(const Chunk& c, const u32 (&table)[4], int r, int (&out)[8]) {
+// The bytes that meet int8 inputs, of quads q and q + 4 of row r: codes, or what the table says.
+__device__ __forceinline__ void pair_of(const Chunk& c, const u32 (&table)[4], int q, int r, int& first, int& second) {
 #if VALUES == V_TABLE || VALUES == V_TABLE16
-#pragma unroll
-    for (int q = 0; q < 4; q++) {
-        u32 first, second;
-        look_up(table, nibbles_of(c.code, q, r), first, second);
-        out[q] = (int)first, out[q + 4] = (int)second;
-    }
+    u32 a, b;
+    look_up(table, nibbles_of(c.code, q, r), a, b);
+    first = (int)a, second = (int)b;
 #else
-#pragma unroll
-    for (int q = 0; q < 8; q++) out[q] = (int)quad_of(c.code, q, r);
+    first = (int)quad_of(c.code, q, r), second = (int)quad_of(c.code, q + 4, r);
 #endif
 }

@@ -8,9 +8,6 @@
 #include "plain.cuh"
 #include "sums.cuh"
 
-#ifndef STAGES
-#define STAGES 1
-#endif
 #define TAKEN (TOKENS * ROWS > 32 ? 2 : 4)  // inputs of a token that are held at a time
 
 struct Columns {
@@ -37,9 +34,9 @@ __device__ __forceinline__ void load_inputs(float (&to)[TAKEN], const float* x, 
 }
 
 // out (n, rows) = x (n, cols) @ weight.T (+ bias (rows,)) (+ residual (n, rows)). Grid: (strips, tiles of TOKENS tokens).
-extern "C" __global__ void __launch_bounds__(512) plain_matvec(const u8* weights, const float* x, const float* bias,
-                                                               const float* residual, float* out, int rows, int cols,
-                                                               int n) {
+extern "C" __global__ void __launch_bounds__(MOST_THREADS)
+    plain_matvec(const u8* weights, const float* x, const float* bias, const float* residual, float* out, int rows,
+                 int cols, int n) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int part = lane % PARTS, strip = blockIdx.x, first_token = blockIdx.y * TOKENS;
     const int quads = (cols + 3) / 4, stride = warps * (32 / PARTS);
@@ -79,5 +76,7 @@ extern "C" __global__ void __launch_bounds__(512) plain_matvec(const u8* weights
             if (next < quads) load_columns(stages[k], from, next, part);
         }
     }
-    finish<TOKENS, ROWS, PARTS>(acc, strip, first_token, rows, n, 1.0f, bias, residual, out);
+    __shared__ float factor;
+    if (threadIdx.x == 0) factor = 1.0f;
+    finish<TOKENS, ROWS, PARTS>(acc, strip, first_token, rows, n, &factor, bias, residual, out);
 }

@@ -22,7 +22,7 @@ Launch = tuple[Any, ...]  # the arguments of `Device.launch`
 
 TILES = (1, 2, 4, 8)  # tokens that a matvec may take at once
 MOST_TOKENS = TILES[-1]
-MOST_WARPS = 16  # of a block, as in sums.cuh
+MANY_STRIPS = 512  # from which smaller blocks have enough warps together
 THREADS = 256  # of blocks that share a row among them
 UNPACK_TILES = 4  # tiles of a block of `unpack`
 PLAIN_TILE = 256  # columns, as in plain_unpack.cu
@@ -50,19 +50,29 @@ def layout_defines(layout: Layout, lanes: int = LANES) -> dict[str, int | str]:
     }
 
 
+def most_warps(layout: Layout) -> int:
+    """Warps of a block of a matvec, so many that two blocks find registers on a multiprocessor: 64 a thread, or 85."""
+    many = layout.bits in (6, 7) or (layout.bits == 5 and layout.group == 16) or layout.values == "table16"
+    return 12 if many else 16
+
+
 def stages_of(layout: Layout, tokens: int) -> int:
-    """Steps whose weights are on their way at once: what registers hold, about 128 bytes a thread."""
-    if tokens > 2:
-        return 1
-    if layout.is_plain:
-        return 2
-    return 1 if layout.bits >= 7 else 2 if layout.bits >= 4 else 3 if layout.bits >= 2 else 4
+    """Chunks of a thread that are on their way at once."""
+    few = layout.is_plain or (layout.bits < 3 and layout.group > 16)
+    return 2 if few and tokens <= 2 else 1
 
 
 def matvec_module(layout: Layout, tokens: int, lanes: int = LANES) -> Module:
     """The module of products with a tile of `tokens` tokens."""
     file = "plain.cu" if layout.is_plain else "matvec.cu"
-    return module(file, TOKENS=tokens, STAGES=stages_of(layout, tokens), **layout_defines(layout, lanes))
+    macros = layout_defines(layout, lanes)
+    return module(file, TOKENS=tokens, STAGES=stages_of(layout, tokens), MOST_WARPS=most_warps(layout), **macros)
+
+
+def fused_module(layout: Layout, lanes: int = LANES) -> Module:
+    """The module of one token's products with what follows them."""
+    macros = layout_defines(layout, lanes)
+    return module("fused.cu", TOKENS=1, STAGES=stages_of(layout, 1), MOST_WARPS=most_warps(layout), **macros)
 
 
 def unpack_module(layout: Layout, lanes: int = LANES) -> Module:
@@ -94,6 +104,8 @@ def modules(types: Iterable[TensorType] | None = None, lanes: int = LANES) -> It
         yield unpack_module(layout, lanes)
         for tokens in TILES:
             yield matvec_module(layout, tokens, lanes)
+        if not layout.is_plain:
+            yield fused_module(layout, lanes)
 
 
 # -- inputs ---------------------------------------------------------------------------------------------
@@ -107,12 +119,18 @@ def padded_cols(cols: int) -> int:
 
 
 class Inputs:
-    """Room for n inputs of `cols` numbers as int8: `q` (n, padded), and `a`, two words for each 32 of them (inputs.cu)."""
+    """Room for n inputs of `cols` numbers as int8: `q` (n, padded), and `a`, two words for each 32 of them (inputs.cu).
 
-    def __init__(self, device: Device, n: int, cols: int):
+    `normed`: of one token, before its norm, whose factor is still to be told from `squares`, sums of each 32 squares.
+    """
+
+    def __init__(self, device: Device, n: int, cols: int, normed: bool = False):
+        assert n == 1 or not normed
         self.n, self.cols, self.padded = n, cols, padded_cols(cols)
         self.q = device.empty((n, self.padded), np.int8)
         self.a = device.empty((n, self.padded // 32, 2), np.float32)
+        self.squares = device.empty((self.padded // 32,), np.float32) if normed else None
+        self.eps = 0.0  # of that norm
 
 
 def _share(n: int, padded: int) -> tuple[int, int]:
@@ -140,12 +158,12 @@ def gate_quantize(gate: Array, up: Array, squared: bool, to: Inputs, n: int, y: 
 # -- a matrix -------------------------------------------------------------------------------------------
 
 
-def warps_of(steps: int, stages: int) -> int:
-    """Warps of a block whose rows take `steps` steps of a warp: as many as can have all of it on its way at once; for
-    long rows 8 to 16 that share it evenly."""
-    if steps <= MOST_WARPS * stages:
-        return max(1, -(-steps // stages))
-    return min(range(MOST_WARPS, MOST_WARPS // 2 - 1, -1), key=lambda warps: -(-steps // warps) * warps)
+def warps_of(steps: int, stages: int, most: int) -> int:
+    """Warps of a block whose rows take `steps` steps of a warp: as many as have all of it on their way at once, else a
+    number near `most` that shares it evenly."""
+    if steps <= most * stages:
+        return -(-steps // stages)
+    return min(range(most, most // 2, -1), key=lambda warps: -(-steps // warps) * warps)
 
 
 def tile_of(n: int) -> int:
@@ -159,6 +177,7 @@ class CudaWeight:
     def __init__(self, device: Device, packed: Packed):
         self.shape, self.layout, self.nbytes = packed.shape, packed.layout, packed.nbytes
         self.factor = float(packed.table_step)
+        self.codebook = packed.table.tobytes()
 
         def there(array: np.ndarray) -> Array | None:
             return device.upload(array) if array.size else None
@@ -174,30 +193,77 @@ class CudaWeight:
         """Whether it is multiplied with `Inputs`; with float32 else."""
         return not self.layout.is_plain
 
-    def _warps(self, tokens: int) -> int:
-        """The same for all numbers of tokens, so that sums have one order."""
+    @property
+    def warps(self) -> int:
+        """Of a block of a matvec: the same for all numbers of tokens, so that sums have one order."""
+        most = most_warps(self.layout)
+        most = most if self.strips <= MANY_STRIPS else min(most, 8)
+        return warps_of(self.steps, stages_of(self.layout, 1), most)
+
+    @property
+    def steps(self) -> int:
+        """Of a warp, for all columns of a strip."""
         if self.layout.is_plain:
             side_by_side = 16 // (4 if self.layout.values == "f32" else 2)
-            unit, share = 4, LANES // side_by_side
-        else:
-            unit, share = 32, LANES // 4
-        steps = -(-self.padded // (unit * 32 // share))
-        return warps_of(steps, stages_of(self.layout, 1))
+            return -(-self.padded // (4 * 32 * side_by_side // LANES))
+        return -(-self.padded // (32 * 32 * 4 // LANES))
 
-    def matvec(self, x: Array | Inputs, out: Array, n: int, bias: Array | None = None, add: Array | None = None) -> Launch:
+    def matvec(
+        self, x: Array | Inputs, out: Array, n: int, bias: Array | None = None, add: Array | None = None
+    ) -> Launch:
         """out (n, rows) = x @ weight.T (+ bias (rows,)) (+ add (n, rows), which may be `out`).
 
         x is `Inputs` where `takes_bytes`, else float32 (n, cols); the order of sums does not depend on n.
         """
         rows, cols = self.shape
         tokens = tile_of(n)
-        grid, threads = (self.strips, -(-n // tokens)), 32 * self._warps(tokens)
+        grid, threads = (self.strips, -(-n // tokens)), 32 * self.warps
         compiled = matvec_module(self.layout, tokens)
         if self.layout.is_plain:
             return compiled.kernel("plain_matvec"), grid, threads, self.codes, x, bias, add, out, rows, cols, n
         assert isinstance(x, Inputs) and x.cols == cols and n <= x.n
-        args = (x.q, x.a, bias, add, out, rows, self.padded // 32, n, self.factor)
+        assert n == 1 or x.squares is None
+        args = (x.q, x.a, x.squares, bias, add, out, rows, cols, n, self.factor, x.eps)
         return compiled.kernel("matvec"), grid, threads, *self.parts, self.table, *args
+
+    def matvec_norm(
+        self,
+        x: Inputs,
+        out: Array,
+        weight: Array,
+        eps: float,
+        to: Inputs,
+        bias: Array | None = None,
+        add: Array | None = None,
+    ) -> Launch:
+        """`matvec` of one token, and what rmsnorm(out, weight, eps) makes of it as int8: `to`, whose `normed` is true."""
+        rows, cols = self.shape
+        assert to.squares is not None and (x.cols, to.cols) == (cols, rows)
+        to.eps = float(eps)
+        most = 2 * most_warps(self.layout) * LANES // 32
+        warps = warps_of(self.steps, stages_of(self.layout, 1), most)
+        args = (x.q, x.a, x.squares, bias, add, weight, out, to.q, to.a, to.squares)
+        args += (rows, cols, warps, self.factor, x.eps)
+        kernel = fused_module(self.layout).kernel("matvec_norm")
+        return kernel, (to.padded // 32,), 32 * warps * (32 // LANES), *self.parts, self.table, *args
+
+    def matvec_gated(self, other: CudaWeight, x: Inputs, to: Inputs, squared: bool, out: Array | None = None) -> Launch:
+        """Of one token, silu(gate) * up, or max(gate, 0)² * up where `squared`, as int8, and as `out` float32 (1, rows)
+        where one is given: this matrix makes the gate, `other`, of the same shape and layout, what it is multiplied with.
+        """
+        rows, cols = self.shape
+        assert self.goes_with(other) and (x.cols, to.cols) == (cols, rows)
+        most = most_warps(self.layout) * LANES // 64
+        warps = warps_of(self.steps, stages_of(self.layout, 1), most)
+        args = (x.q, x.a, x.squares, out, to.q, to.a, rows, cols, warps, self.factor, other.factor, x.eps, int(squared))
+        kernel = fused_module(self.layout).kernel("matvec_gated")
+        grid, threads = (to.padded // 32,), 64 * warps * (32 // LANES)
+        return kernel, grid, threads, *self.parts, self.table, *other.parts, *args
+
+    def goes_with(self, other: CudaWeight) -> bool:
+        """Whether `matvec_gated` takes the two: of one type, so that what codes mean is the same."""
+        same = (self.shape, self.layout, self.codebook) == (other.shape, other.layout, other.codebook)
+        return same and self.takes_bytes
 
     def unpack(self, first: int, last: int, out: Array) -> Launch:
         """Rows first … last - 1 as float16, row-major: out (at least last - first, cols). `first` is a multiple of the
