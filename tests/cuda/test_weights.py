@@ -76,7 +76,9 @@ def check_weight(device, type: TensorType, rows: int, cols: int, seed: int, coun
     assert np.array_equal(embedded(device, weight, ids).view(np.uint32), values[ids].view(np.uint32)), "embed"
     halves = np.clip(values, -65504, 65504).astype(np.float16)
     first = 0 if rows <= LANES else LANES
-    assert np.array_equal(unpacked(device, weight, first, rows).view(np.uint16), halves[first:].view(np.uint16)), "unpack"
+    assert np.array_equal(unpacked(device, weight, first, rows).view(np.uint16), halves[first:].view(np.uint16)), (
+        "unpack"
+    )
     for n in counts:
         x = normal(n, n, cols)
         bias, add = (normal(7, rows), normal(8, n, rows)) if n != 2 else (None, None)
@@ -176,7 +178,11 @@ def words(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     with np.errstate(divide="ignore"):
         inverse = np.where(largest > 1e-30, np.float32(127) / largest, np.float32(0))
     q = np.rint(parts * inverse).astype(np.int8)
-    return q.reshape(len(x), -1), largest[..., 0] / np.float32(127), q.reshape(*q.shape[:2], 2, 16).sum(3, dtype=np.int32)
+    return (
+        q.reshape(len(x), -1),
+        largest[..., 0] / np.float32(127),
+        q.reshape(*q.shape[:2], 2, 16).sum(3, dtype=np.int32),
+    )
 
 
 def check_inputs(device, to: Inputs, x: np.ndarray) -> None:
@@ -273,10 +279,16 @@ def test_other_lanes(family: str) -> None:
         pytest.skip("the kernels are not run: there is no g++")
     if LANES == {"plain": 8, "avx512": 16}[family]:
         pytest.skip("the other tests have these strips")
-    names = " or ".join(["test_all_tiles", "test_long_rows", *[f"test_all_layouts and {name}]" for name in ("Q3_K", "IQ4_XS")]])
+    names = " or ".join(
+        ["test_all_tiles", "test_long_rows", *[f"test_all_layouts and {name}]" for name in ("Q3_K", "IQ4_XS")]]
+    )
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", names]
     done = subprocess.run(
-        command, env=os.environ | {"GGUFKIT_SIMD": family}, capture_output=True, text=True, cwd=Path(__file__).parents[2]
+        command,
+        env=os.environ | {"GGUFKIT_SIMD": family},
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "passed" in done.stdout

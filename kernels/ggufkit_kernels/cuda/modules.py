@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from . import loader
+from . import loader, weights
 from .loader import Module
 
 PLAIN: tuple[str, ...] = ("elementwise.cu", "sample.cu")  # compiled without macros
 
 
 def modules() -> Iterator[Module]:
-    """Each of them; some more than once."""
+    """Each of them; some more than once. Weights are packed in strips of 16 or 8 rows, as the host's processor is."""
     for file in PLAIN:
         yield loader.module(file)
+    for lanes in (16, 8):
+        yield from weights.modules(lanes=lanes)

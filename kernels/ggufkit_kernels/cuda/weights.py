@@ -189,7 +189,9 @@ class CudaWeight:
         most = most_warps(self.layout)
         return warps_of(steps, stages_of(self.layout, 1), most if self.strips <= MANY_STRIPS else min(most, 8))
 
-    def matvec(self, x: Array | Inputs, out: Array, n: int, bias: Array | None = None, add: Array | None = None) -> Launch:
+    def matvec(
+        self, x: Array | Inputs, out: Array, n: int, bias: Array | None = None, add: Array | None = None
+    ) -> Launch:
         """out (n, rows) = x @ weight.T (+ bias (rows,)) (+ add (n, rows), which may be `out`).
 
         x is `Inputs` where `takes_bytes`, else float32 (n, cols); the order of sums does not depend on n.
