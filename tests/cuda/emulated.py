@@ -37,7 +37,7 @@ SHIM = Path(__file__).with_name("shim.h")
 WORDS = os.environ.get("GGUFKIT_EMULATED", "").split()
 SANITIZED = "sanitize" in WORDS
 COMPILER = shutil.which("g++")
-FLAGS = ["-std=c++17", "-g", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fvisibility=hidden"]
+FLAGS = ["-std=c++17", "-g1", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fvisibility=hidden"]
 FLAGS += ["-fno-gnu-unique", "-fPIC", "-shared", "-Werror=uninitialized", "-Werror=return-type"]
 if SANITIZED:
     FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
