@@ -55,10 +55,11 @@ class CudaOps:
     n_batch = 2048  # tokens of a prompt at a time: what unpacking the weights costs is spread over them
     most_top = launches.MOST_TOP  # logits that `top` finds at most
 
-    def __init__(self, device: Device, threads: int | None = None):
+    def __init__(self, device: Device, threads: int | None = None, fused: bool = True):
         if threads is not None and threads < 1:
             raise UsageError(f"{threads} threads: at least 1 is needed")
         self.device = device
+        self.fused = fused  # products of one token with what follows them in one launch (fused.cu)
         self.threads = threads or default_threads()
         self.team = team(self.threads)
         self._rooms: dict[tuple[str, Any], Array] = {}

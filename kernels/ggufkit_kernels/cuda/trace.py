@@ -6,7 +6,9 @@ single call cannot see is put together, by what depends on what, never by the ar
 
 - a norm, or an activation of a gate, that is read by matrices of codes gives their int8 inputs at once; float32 numbers
   go through memory only where somebody else reads them. Inputs that several matrices read are quantized once;
-- a sum that is the only reader of a product is added by the product's kernel (the residual);
+- a sum that is the only reader of a product is added by the product's kernel (the residual), and a norm of that sum
+  which only matrices of codes read leaves it as their int8 inputs, where its rows make blocks enough for the device;
+- two products of one input, of matrices of one type, that only a gate's activation reads are one launch with it;
 - rotations, and norms of the heads before them, that only attention reads are attention's own, as is storing k and v;
 - launches that do not depend on each other (q, k and v; gate and up) are one level of the graph, side by side.
 
@@ -159,6 +161,8 @@ class Program:
         self._taken: dict[tuple[int, int, int], int] = {}
         self._absorbed: set[Node] = set()
         self._residual: dict[Node, Node] = {}  # a sum -> the product whose kernel adds it
+        self._norm_of: dict[Node, Node] = {}  # a sum with a residual -> the norm that its kernel does too
+        self._gated: set[Node] = set()  # activations whose kernel does both products too
         self._before: dict[Node, tuple[Any, ...]] = {}  # attention -> q, k, rotation, norms
         for node in nodes:
             self._absorb(node)
@@ -178,9 +182,35 @@ class Program:
                 if self._single(product, "matmul"):
                     self._absorbed.add(product)
                     self._residual[node] = product
-                    return
+                    return self._absorb_norm(node, product)
         if node.kind == "attend":
             self._absorb_rotations(node)
+        if node.kind in ("swiglu", "relu2") and self.ops.fused:
+            gate, up = node.reads
+            if (
+                all(self._single(x, "matmul") and x.args[1] is None for x in (gate, up))
+                and gate.reads == up.reads
+                and gate.args[0].goes_with(up.args[0])
+                and any(map(self._takes_bytes, node.readers))
+            ):
+                self._absorbed |= {gate, up}
+                self._gated.add(node)
+        return None
+
+    def _absorb_norm(self, node: Node, product: Node) -> None:
+        norms = [x for x in node.readers if x.kind == "rmsnorm" and x.size == x.shape[-1]]
+        blocks = -(-node.size // 32)
+        if (
+            not self.ops.fused
+            or len(norms) != 1
+            or not product.args[0].takes_bytes
+            or blocks < self.ops.device.n_sm * 3 // 4
+        ):
+            return
+        (norm,) = norms
+        if norm.readers and all(map(self._takes_bytes, norm.readers)) and norm is not self.output:
+            self._absorbed.add(norm)
+            self._norm_of[node] = norm
 
     def _absorb_rotations(self, node: Node) -> None:
         q, k, _ = node.reads
@@ -248,7 +278,12 @@ class Program:
         x = self._int8(node.reads[0]) if weight.takes_bytes else self._value(node.reads[0])
         more = None if residual is None else self._value(residual)
         out = self._new(into or node)
-        self._add(weight.matvec(x, out, 1, bias, more), (x, more), (out,))
+        norm = None if into is None else self._norm_of.get(into)
+        if norm is None:
+            self._add(weight.matvec(x, out, 1, bias, more), (x, more), (out,))
+        else:
+            to = self._inputs[norm] = Inputs(self.ops.device, 1, norm.size, normed=True)
+            self._add(weight.matvec_norm(x, out, *norm.args, to, bias, more), (x, more), (out, to))
 
     def _emit_add(self, node: Node) -> None:
         product = self._residual.get(node)
@@ -278,6 +313,10 @@ class Program:
         self._emit_gate(node, True)
 
     def _emit_gate(self, node: Node, squared: bool) -> None:
+        if node in self._gated:
+            first, second = (x.args[0] for x in node.reads)
+            x = self._int8(node.reads[0].reads[0])
+            return self._emit_inputs(node, (x,), None, lambda to, out: first.matvec_gated(second, x, to, squared, out))
         gate, up = map(self._value, node.reads)
 
         def plain(out: Array) -> None:
@@ -285,10 +324,10 @@ class Program:
 
         self._emit_inputs(node, (gate, up), plain, lambda to, out: weights.gate_quantize(gate, up, squared, to, 1, out))
 
-    def _emit_inputs(self, node: Node, reads: tuple[Array, ...], plain: Callable, fused: Callable) -> None:
+    def _emit_inputs(self, node: Node, reads: tuple[Any, ...], plain: Callable | None, fused: Callable) -> None:
         """By `fused` where matrices of codes read it, with float32 numbers beside it only where others do."""
         bytes_wanted = [self._takes_bytes(reader) for reader in node.readers]
-        if not any(bytes_wanted):
+        if plain is not None and not any(bytes_wanted):
             return plain(self._new(node))
         out = None if all(bytes_wanted) and node is not self.output else self._new(node)
         to = self._inputs[node] = Inputs(self.ops.device, 1, node.size)
