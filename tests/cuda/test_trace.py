@@ -3,6 +3,8 @@ what recording must survive, and how many launches a layer takes."""
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 import tiny_models
@@ -171,6 +173,24 @@ def test_a_network_that_fuses_little(device, codes, nearness):
         assert distance(found, expected) < nearness
 
 
+def test_memory_is_given_back_at_once(llama):
+    """A conversation's cache and graph go with it: no cycle of references keeps them until Python looks for those."""
+    llama.forward(np.arange(12), llama.cache())  # what the backend keeps
+    llama.forward([1], llama.cache())
+    before = llama.ops.device.memory()[0]
+    cache = llama.cache()
+    llama.forward(np.arange(12), cache)
+    for token in range(2):
+        llama.forward([token], cache)
+    assert llama.ops.device.memory()[0] < before
+    gc.disable()
+    try:
+        del cache
+        assert llama.ops.device.memory()[0] == before
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_launches_a_layer(tmp_path, on_device, fused):
     """What docs/cuda.md says: a layer of Llama is 8 launches in 6 levels; 12 in 9 without fused.cu."""
@@ -178,7 +198,7 @@ def test_launches_a_layer(tmp_path, on_device, fused):
     llama.ops.fused = fused
     cache = llama.cache()
     llama.forward([1], cache)
-    kinds = [[launch[0].name for launch in level] for level in cache.trace.program.levels]
+    kinds = [[launch[0].name for launch in level] for level in cache.trace.levels]
     if fused:
         layer = [["matvec"] * 3, ["attend"], ["quantize"], ["matvec_norm"], ["matvec_gated"], ["matvec_norm"]]
         assert kinds == [["embed"], ["norm_quantize"], *layer, *layer, ["matvec"]]

@@ -392,14 +392,19 @@ class Trace:
         length = cache.length
         out = network(config, weights, recorder, np.zeros(1, np.int64), cache, 0)
         cache.length = length
-        self.program = Program(ops, recorder.nodes, out.node, cache)
-        self.out = self.program._value(out.node).reshape(out.shape)
-        self.graph = ops.device.capture(self.program.levels)
+        program = Program(ops, recorder.nodes, out.node, cache)
+        self.device, self.n_vocab = ops.device, program.n_vocab
+        self.call, self.given, self.levels = program.call, program.given, program.levels
+        self.out = program._value(out.node).reshape(out.shape)
+        for node in recorder.nodes:  # they refer to each other and to the cache, whose memory must not wait for that
+            node.readers.clear()
+            node.args = ()
+        self.graph = self.device.capture(self.levels)
         self._word = np.zeros(2, np.int32)
 
     @property
     def n_launches(self) -> int:
-        return sum(map(len, self.program.levels))
+        return sum(map(len, self.levels))
 
     def fits(self, ops: CudaOps, network: Callable, config: Any, weights: Any, cache: CudaCache,
              given: tuple[int, ...] | None) -> bool:  # fmt: skip
@@ -409,14 +414,12 @@ class Trace:
 
     def run(self, token: int, start: int, given: np.ndarray | None) -> Array:
         """Queue the forward of one token at a position: logits (1, n_vocab), until the next call."""
-        program = self.program
-        if program.n_vocab and not 0 <= token < program.n_vocab:
-            raise UsageError(f"token id {token} is outside 0…{program.n_vocab - 1}")
-        device = program.ops.device
+        if self.n_vocab and not 0 <= token < self.n_vocab:
+            raise UsageError(f"token id {token} is outside 0…{self.n_vocab - 1}")
         self._word[:] = token, start
-        device.write(program.call, self._word)
-        if program.given is not None and given is not None:
-            device.write(program.given, np.ascontiguousarray(given, np.float32))
+        self.device.write(self.call, self._word)
+        if self.given is not None and given is not None:
+            self.device.write(self.given, np.ascontiguousarray(given, np.float32))
         self.graph.launch()
         return self.out
 
