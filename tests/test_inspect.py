@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import hostile
 import pytest
+from command_line import ggufkit
 from ggufkit_formats import gguf
 from hostile import ARRAY, BOOL, F32, FLOAT32, FLOAT64, INT32, STRING, UINT32, array, entry, info, string, u32
 from test_gguf_read import put, put_split, sample, shard
@@ -335,7 +336,7 @@ def test_fit(tmp_path):
     assert found["cache"] >= 2 * 2 * 2 * 64 * 64 * found["n_layers"]  # keys and values, halves, heads of 64
     fitting = [
         json.loads(ggufkit("inspect", path, "--fit", "-c", "64", "--memory", str(n), "--json").out)["n_gpu_layers"]
-        for n in (found["total"], found["total"] - 1, found["scratch"], found["scratch"] + found["weights"] // 2)
+        for n in (found["total"], found["total"] - 1, found["scratch"], (3 * found["total"] + found["scratch"]) // 4)
     ]
     assert fitting[:3] == [3, 2, 0] and fitting[3] in (1, 2)
     assert "all of it fits (-ngl 3)" in ggufkit("inspect", path, "--fit", "--memory", "24GB").out

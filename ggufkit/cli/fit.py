@@ -24,7 +24,7 @@ def memory_size(text: str) -> int:
 
 
 def document(file: Path, opened: Any, n_ctx: int | None, memory: str | None) -> dict[str, Any]:
-    """Bytes that all of the model needs, and the layers that fit: in `memory`, or on the GPU at hand, if there is one."""
+    """Bytes that all of the model needs, and the layers that fit in `memory`, or on the GPU at hand if there is one."""
     from ggufkit_runtime import devices, fit, models
 
     arch = opened.metadata.get("general.architecture")
