@@ -7,7 +7,8 @@
 
 // Sums of the first LEFT values over the lanes that have the same rows: those whose numbers are alike below SHARE. At
 // each step a lane hands half of its sums over and takes up the other half, so that about LEFT shuffles do. Afterwards a
-// lane has LEFT * SHARE / 32 sums, at least one, from number `first` on; where several have the same ones, `writes` is true in one.
+// lane has LEFT * SHARE / 32 sums, at least one, from number `first` on; where several have the same ones, `writes` is
+// true in one.
 template <int LEFT, int BIT, int SHARE, int N>
 __device__ __forceinline__ void reduce(float (&acc)[N], int lane, int& first, bool& writes) {
     if constexpr (BIT >= SHARE) {

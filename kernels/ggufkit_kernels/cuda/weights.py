@@ -236,7 +236,7 @@ class CudaWeight:
         bias: Array | None = None,
         add: Array | None = None,
     ) -> Launch:
-        """`matvec` of one token, and what rmsnorm(out, weight, eps) makes of it as int8: `to`, whose `normed` is true."""
+        """`matvec` of one token, and what rmsnorm(out, weight, eps) makes of it as int8: `to`, which is `normed`."""
         rows, cols = self.shape
         assert to.squares is not None and (x.cols, to.cols) == (cols, rows)
         to.eps = float(eps)
@@ -248,8 +248,8 @@ class CudaWeight:
         return kernel, (to.padded // 32,), 32 * warps * (32 // LANES), *self.parts, self.table, *args
 
     def matvec_gated(self, other: CudaWeight, x: Inputs, to: Inputs, squared: bool, out: Array | None = None) -> Launch:
-        """Of one token, silu(gate) * up, or max(gate, 0)² * up where `squared`, as int8, and as `out` float32 (1, rows)
-        where one is given: this matrix makes the gate, `other`, of the same shape and layout, what it is multiplied with.
+        """Of one token, silu(gate) * up, or max(gate, 0)² * up where `squared`, as int8, and as `out` float32
+        (1, rows) where one is given: this matrix makes the gate, `other`, of the same shape and layout, the factor.
         """
         rows, cols = self.shape
         assert self.goes_with(other) and (x.cols, to.cols) == (cols, rows)
