@@ -1,19 +1,19 @@
 // Packed codes times int8 inputs, for one to eight tokens: out (n, rows) = x (n, cols) @ weight.T.
 //
-// A block takes a strip (LANES rows); its warps share the columns (weights.py: `warps_of`). A thread takes four rows of a
-// chunk, 32 inputs: 16-byte loads, 32 `dp4a`, and one conversion to float32 and one fma a row; see layout.cuh for what it
-// reads and steps.cuh for the loop. Integer sums begin with the bits of 2**23 + 2**22 (MAGIC), so that they are floats
-// when they are done, but for a subtraction; an offset goes into that beginning, through the sum of the inputs. A minimum
-// is taken off through the same sum. Sums of the columns are joined by shuffles, then over the warps in shared memory
-// (sums.cuh), where the bias and the residual are added.
+// A block takes a strip (LANES rows); its warps share the columns (weights.py: `warps_of`). A thread takes four rows of
+// a chunk, 32 inputs: 16-byte loads, 32 `dp4a`, and one conversion to float32 and one fma a row; see layout.cuh for
+// what it reads and steps.cuh for the loop. Integer sums begin with the bits of 2**23 + 2**22 (MAGIC), so that they are
+// floats when they are done, but for a subtraction; an offset goes into that beginning, through the sum of the inputs.
+// A minimum is taken off through the same sum. Sums of the columns are joined by shuffles, then over the warps in
+// shared memory (sums.cuh), where the bias and the residual are added.
 //
 // Bytes and operations of one token on an H100 (3.35 TB/s, 132 multiprocessors, 1.7 GHz: 15 bytes a cycle for each). A
-// step of a warp, 8 chunks of 16 rows of Q4_K, reads 2,304 bytes and 320 of inputs, which the first-level cache has after
-// the first strip. In SASS of sm_90 (nvdisasm) it is 233 instructions: 32 dp4a, 81 of logic, 8 fma, 11 loads, each of a
-// vector of codes right after its last use. Four schedulers issue one a cycle each, so a step takes 60 cycles of the
-// multiprocessor, its bytes 154: arithmetic is hidden (Q8_0: 109 instructions for 4,352 bytes; Q6_K 272 for 3,456; TQ2_0
-// 321 for 2,112, 80 cycles of 141), and what counts is how many bytes are on their way. 20 KB a multiprocessor would do for
-// 800 ns of latency (Little); at the start of a matrix there are
+// step of a warp, 8 chunks of 16 rows of Q4_K, reads 2,304 bytes and 320 of inputs, which the first-level cache has
+// after the first strip. In SASS of sm_90 (nvdisasm) it is 233 instructions: 32 dp4a, 81 of logic, 8 fma, 11 loads,
+// each of a vector of codes right after its last use. Four schedulers issue one a cycle each, so a step takes 60 cycles
+// of the multiprocessor, its bytes 154: arithmetic is hidden (Q8_0: 109 instructions for 4,352 bytes; Q6_K 272 for
+// 3,456; TQ2_0 321 for 2,112, 80 cycles of 141), and what counts is how many bytes are on their way. 20 KB a
+// multiprocessor would do for 800 ns of latency (Little); at the start of a matrix there are
 //
 //     Q4_K, LANES 16    blocks  warps  steps a warp  blocks resident  KB under way   MB    at least
 //     1B   2048 x  2048   128      8        1               1              18         2.4    0.7 us
@@ -25,25 +25,26 @@
 //          4096 x 14336   256     14        4               2              63          33    9.9
 //        128256 x  4096  8016      8        2               4              72         296     88
 //
-// Q8_0 has 64 to 136 KB under way, TQ2_0, two chunks a thread, 16 to 66 (8 in the 1B shape's smallest, which is 8 KB a
+// Q8_0 has 34 to 136 KB under way, TQ2_0, two chunks a thread, 8 to 66 (8 in the 1B shape's smallest, which is 8 KB a
 // multiprocessor in all). The 4096 x 4096 matrix is on its way as a whole as soon as the kernel runs.
 //
-// 64 registers a thread (two blocks of 16 warps), 85 for 6 and 7 bits and codebooks of floats (two of 12), 128 for several
-// tokens; ptxas spills nothing for one token, and 28 bytes for 8 tokens of Q4_K. nvcc takes 0.5 to 1 s a module.
+// 64 registers a thread (two blocks of 16 warps), 85 for 6 and 7 bits and codebooks of floats (two of 12), 128 for
+// several tokens; ptxas spills nothing for one token, and 28 bytes for 8 tokens of Q4_K. nvcc takes 0.5 to 1 s a
+// module.
 //
-// Considered: two chunks a thread for 4 bits (96 registers, half as many warps, as many bytes: nothing won on paper, and
-// fewer warps to hide the sums' latency); loads of 512 bytes side by side for a warp instead of 8 pieces of 64 (scales
-// would be decoded four times as often; every sector is whole either way); asynchronous copies to shared memory (another
-// path for sm_75); one block a multiprocessor that goes from strip to strip (keeps the loads coming between strips: to be
-// tried on a device). Nothing here has been timed on a device.
+// Considered: two chunks a thread for 4 bits (96 registers, half as many warps, as many bytes: nothing won on paper,
+// and fewer warps to hide the sums' latency); loads of 512 bytes side by side for a warp instead of 8 pieces of 64
+// (scales would be decoded four times as often; every sector is whole either way); asynchronous copies to shared memory
+// (another path for sm_75); one block a multiprocessor that goes from strip to strip (keeps the loads coming between
+// strips: to be tried on a device). Nothing here has been timed on a device.
 #include "steps.cuh"
 #include "sums.cuh"
 
 #define MIN_BLOCKS (TOKENS == 1 ? 2 : 1)  // of MOST_WARPS warps, that registers must suffice for
 
-// out (n, rows) = factor * x (n, cols) @ weight.T (+ bias (rows,)) (+ residual (n, rows)), x as `quantize` leaves it. Where
-// `squares` ((cols + 31) / 32,) is not null, the inputs are those of one token before its norm (see fused.cu), and the
-// products are multiplied with what the norm is.
+// out (n, rows) = factor * x (n, cols) @ weight.T (+ bias (rows,)) (+ residual (n, rows)), x as `quantize` leaves it.
+// Where `squares` ((cols + 31) / 32,) is not null, the inputs are those of one token before its norm (see fused.cu),
+// and the products are multiplied with what the norm is.
 // Grid: (strips, tiles of TOKENS tokens); what a tile has beyond n repeats the last token and is not written.
 extern "C" __global__ void __launch_bounds__(MOST_THREADS, MIN_BLOCKS)
     matvec(const u8* codes, const u8* d, const u8* scale, const u8* dmin, const u8* minimum, const u8* tables,
