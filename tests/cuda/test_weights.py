@@ -130,6 +130,21 @@ def test_sums_do_not_depend_on_the_number_of_tokens(device, name: str) -> None:
         assert np.array_equal(product(device, weight, x[:n]).view(np.uint32), many[:n].view(np.uint32)), n
 
 
+@pytest.mark.parametrize("name", ["Q4_K", "NVFP4", "TQ2_0"])
+def test_blocks_that_stay(device, name: str) -> None:
+    """Fewer blocks than strips, each of which takes several: the same sums."""
+    type = find(name)
+    tensor = random_blocks(type, 6 * LANES + 3, 768, np.random.default_rng(4))
+    weight = CudaWeight(device, pack.pack(tensor))
+    for n in (1, 3):
+        x, bias, add = normal(n, n, 768), normal(7, tensor.rows), normal(8, n, tensor.rows)
+        weight.blocks = 0
+        want = product(device, weight, x, bias, add)
+        for blocks in (1, 2, 5):
+            weight.blocks = blocks
+            assert np.array_equal(product(device, weight, x, bias, add).view(np.uint32), want.view(np.uint32)), blocks
+
+
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q6_K", "Q8_0", "IQ4_XS", "NF4"])
 def test_codes_and_inputs_at_their_ends(device, name: str) -> None:
     """All codes, scales and inputs as large as they may be, of either sign: sums of bytes are exact integers."""
@@ -341,9 +356,9 @@ def test_other_lanes(family: str) -> None:
         pytest.skip("the kernels are not run: there is no g++")
     if {"plain": 8, "avx512": 16}[family] == LANES:
         pytest.skip("the other tests have these strips")
-    names = " or ".join(
-        ["test_all_tiles", "test_long_rows", *[f"test_all_layouts and {name}]" for name in ("Q3_K", "IQ4_XS")]]
-    )
+    kinds = [f"test_all_layouts and {name}" for name in ("Q3_K", "IQ4_XS")]
+    kinds += [f"{test} and {name}" for test in ("matvec_norm", "matvec_gated") for name in ("Q4_K", "NVFP4")]
+    names = " or ".join(["test_all_tiles", "test_long_rows", *kinds])
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", names]
     done = subprocess.run(
         command,

@@ -35,24 +35,31 @@
 // Considered: two chunks a thread for 4 bits (96 registers, half as many warps, as many bytes: nothing won on paper,
 // and fewer warps to hide the sums' latency); loads of 512 bytes side by side for a warp instead of 8 pieces of 64
 // (scales would be decoded four times as often; every sector is whole either way); asynchronous copies to shared memory
-// (another path for sm_75); one block a multiprocessor that goes from strip to strip (keeps the loads coming between
-// strips: to be tried on a device). Nothing here has been timed on a device.
+// (another path for sm_75). PERSISTENT: blocks that stay and go from strip to strip, the next one's loads under way
+// while sums are joined, for long matrices (14336 x 4096: 896 strips for 528 blocks at a time); 8 bytes spilled for
+// Q4_K, 28 for Q8_0. To be tried on a device: nothing here has been timed on one.
 #include "steps.cuh"
 #include "sums.cuh"
 
+#ifndef PERSISTENT
+#define PERSISTENT 0  // whether a block goes on to other strips, in steps of the grid
+#endif
 #define MIN_BLOCKS (TOKENS == 1 ? 2 : 1)  // of MOST_WARPS warps, that registers must suffice for
 
 // out (n, rows) = factor * x (n, cols) @ weight.T (+ bias (rows,)) (+ residual (n, rows)), x as `quantize` leaves it.
 // Where `squares` ((cols + 31) / 32,) is not null, the inputs are those of one token before its norm (see fused.cu),
 // and the products are multiplied with what the norm is.
-// Grid: (strips, tiles of TOKENS tokens); what a tile has beyond n repeats the last token and is not written.
+// Grid: (strips, or fewer where PERSISTENT, tiles of TOKENS tokens); what a tile has beyond n repeats the last token and
+// is not written.
 extern "C" __global__ void __launch_bounds__(MOST_THREADS, MIN_BLOCKS)
     matvec(const u8* codes, const u8* d, const u8* scale, const u8* dmin, const u8* minimum, const u8* tables,
            const i8* q, const uint2* a, const float* squares, const float* bias, const float* residual, float* out,
            int rows, int cols, int n, float factor, float eps) {
-    const int warp = threadIdx.x / 32, strip = blockIdx.x, first_token = blockIdx.y * TOKENS, chunks = (cols + 31) / 32;
-    const Strip from = strip_of(codes, d, scale, dmin, minimum, strip, chunks);
+    const int warp = threadIdx.x / 32, first_token = blockIdx.y * TOKENS, chunks = (cols + 31) / 32;
+    const int strips = (rows + LANES - 1) / LANES;
     const Share share = share_of(warp, blockDim.x / 32, chunks);
+    int strip = blockIdx.x;
+    Strip from = strip_of(codes, d, scale, dmin, minimum, strip, chunks);
     q += (size_t)first_token * 32 * chunks, a += (size_t)first_token * chunks;
     Stage stages[STAGES];
     begin(stages, share, from, q, a);
@@ -64,7 +71,17 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, MIN_BLOCKS)
         if (threadIdx.x == 0) norm = found * factor;
     } else if (TOKENS > 1 && threadIdx.x == 0)
         norm = factor;
-    float acc[4 * TOKENS];
-    run(acc, stages, share, from, book, q, a, n - 1 - first_token);
-    finish<TOKENS, 4, PARTS>(acc, strip, first_token, rows, n, &norm, bias, residual, out);
+    for (;;) {
+        float acc[4 * TOKENS];
+        run(acc, stages, share, from, book, q, a, n - 1 - first_token);
+        const int next = PERSISTENT ? strip + gridDim.x : strips;
+        if (next < strips) {
+            from = strip_of(codes, d, scale, dmin, minimum, next, chunks);
+            begin(stages, share, from, q, a);
+        }
+        finish<TOKENS, 4, PARTS>(acc, strip, first_token, rows, n, &norm, bias, residual, out);
+        if (next >= strips) break;
+        strip = next;
+        __syncthreads();  // the sums of this strip have been read
+    }
 }

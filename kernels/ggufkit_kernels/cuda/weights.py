@@ -62,10 +62,10 @@ def stages_of(layout: Layout, tokens: int) -> int:
     return 2 if few and tokens <= 2 else 1
 
 
-def matvec_module(layout: Layout, tokens: int, lanes: int = LANES) -> Module:
-    """The module of products with a tile of `tokens` tokens."""
+def matvec_module(layout: Layout, tokens: int, lanes: int = LANES, persistent: bool = False) -> Module:
+    """The module of products with a tile of `tokens` tokens; `persistent`: of blocks that take several strips."""
     file = "plain.cu" if layout.is_plain else "matvec.cu"
-    macros = layout_defines(layout, lanes)
+    macros = layout_defines(layout, lanes) | ({"PERSISTENT": 1} if persistent else {})
     return module(file, TOKENS=tokens, STAGES=stages_of(layout, tokens), MOST_WARPS=most_warps(layout), **macros)
 
 
@@ -174,6 +174,8 @@ def tile_of(n: int) -> int:
 class CudaWeight:
     """A matrix (rows, cols) in device memory."""
 
+    blocks = 0  # that stay and go from strip to strip in `matvec`; 0: a block a strip. For measurements
+
     def __init__(self, device: Device, packed: Packed):
         self.shape, self.layout, self.nbytes = packed.shape, packed.layout, packed.nbytes
         self.factor = float(packed.table_step)
@@ -217,8 +219,9 @@ class CudaWeight:
         """
         rows, cols = self.shape
         tokens = tile_of(n)
-        grid, threads = (self.strips, -(-n // tokens)), 32 * self.warps
-        compiled = matvec_module(self.layout, tokens)
+        stays = 0 < self.blocks < self.strips and not self.layout.is_plain
+        grid, threads = (self.blocks if stays else self.strips, -(-n // tokens)), 32 * self.warps
+        compiled = matvec_module(self.layout, tokens, persistent=stays)
         if self.layout.is_plain:
             return compiled.kernel("plain_matvec"), grid, threads, self.codes, x, bias, add, out, rows, cols, n
         assert isinstance(x, Inputs) and x.cols == cols and n <= x.n
