@@ -163,6 +163,16 @@ def test_codes_and_inputs_at_their_ends(device, name: str) -> None:
     check_product(product(device, weight, x), weight, values, x)
 
 
+@pytest.mark.kernels
+def test_prefetch_stays_inside(device) -> None:
+    weight = CudaWeight(device, pack.pack(random_blocks(find("Q6_K"), 2 * LANES, 256, np.random.default_rng(3))))
+    for nbytes in (1, 129, weight.codes.nbytes, 1 << 40):
+        launch = weight.prefetch(nbytes, 2)
+        device.launch(*launch)
+        assert 128 * (launch[-1] - 1) < min(nbytes, weight.codes.nbytes) <= 128 * launch[-1]
+    device.synchronize()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_stays_visible(device, bad: float) -> None:
     weight = CudaWeight(device, pack.pack(random_blocks(find("Q4_0"), 9, 64, np.random.default_rng(3))))

@@ -100,6 +100,7 @@ def modules(types: Iterable[TensorType] | None = None, lanes: int = LANES) -> It
     """All modules that matrices of these types (None: all that are registered) and their inputs need, each once."""
     types = TYPES.values() if types is None else types
     yield INPUTS
+    yield PREFETCH
     for layout in dict.fromkeys(map(layout_of_type, types)):
         yield unpack_module(layout, lanes)
         for tokens in TILES:
@@ -110,7 +111,7 @@ def modules(types: Iterable[TensorType] | None = None, lanes: int = LANES) -> It
 
 # -- inputs ---------------------------------------------------------------------------------------------
 
-INPUTS = module("inputs.cu")
+INPUTS, PREFETCH = module("inputs.cu"), module("prefetch.cu")
 
 
 def padded_cols(cols: int) -> int:
@@ -267,6 +268,11 @@ class CudaWeight:
         """Whether `matvec_gated` takes the two: of one type, so that what codes mean is the same."""
         same = (self.shape, self.layout, self.codebook) == (other.shape, other.layout, other.codebook)
         return same and self.takes_bytes
+
+    def prefetch(self, nbytes: int, n_sm: int) -> Launch:
+        """Ask the second-level cache for the first nbytes of the codes; for a launch beside what comes before."""
+        lines = -(-min(nbytes, self.codes.nbytes) // 128)
+        return PREFETCH.kernel("prefetch"), (n_sm,), 128, self.codes, lines
 
     def unpack(self, first: int, last: int, out: Array) -> Launch:
         """Rows first … last - 1 as float16, row-major: out (at least last - first, cols). `first` is a multiple of the
