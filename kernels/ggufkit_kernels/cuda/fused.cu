@@ -1,4 +1,24 @@
-// HEADER
+// One token's products with what follows them in the network, so that a layer is five launches instead of nine.
+//
+//     matvec (q, k, v)   attention   matvec_norm (output)   matvec_gated (gate, up)   matvec_norm (down)
+//
+// A launch that waits for the one before is said to cost 1 to 2 us, whatever it does; a layer of an 8B network in
+// Q4_K is 37 us of memory, of a 1B network 10. A norm and the rounding of its results to int8 are such launches, and
+// need not be: norm(x) is (x * weight) times one number for the token, and int8 inputs are made of a chunk of 32
+// numbers, whatever they are multiplied with. So the kernel that makes 32 rows of x rounds x * weight, and leaves the
+// sum of their squares; who reads these inputs adds the sums up (128 of them for 4,096 numbers) while its weights are
+// on their way, and multiplies its results with 1 / sqrt(mean + eps). No sum depends on the order of blocks.
+//
+// A block makes 32 rows (STRIPS strips, of both matrices in matvec_gated); `warps` warps share a strip as in matvec.cu.
+// matvec_norm has up to 32 warps a block: 4096 x 4096 is 128 blocks on 132 multiprocessors, all of it under way at
+// once. With 2048 rows there are 64 blocks, and half of the multiprocessors have nothing to do: 36 KB under way in each
+// of the others is still enough to keep memory busy, but a multiprocessor takes no more than about 64 bytes a cycle.
+// matvec_gated has 16 warps and two blocks a multiprocessor: 14336 rows are 448 blocks of 4 steps a warp.
+//
+// sm_90: 64 registers (80 for Q6_K); matvec_norm of Q4_K spills 16 bytes, addresses of the next chunk's scales.
+// Considered: the norm in front of each product, in shared memory (x and weight are 32 KB from the second-level cache
+// for each block, as much as its weights from memory); the last block to be done makes the norm (an atomic ticket; a
+// wait at the end of each kernel). Nothing here has been timed on a device.
 #include "steps.cuh"
 #include "sums.cuh"
 
@@ -37,9 +57,9 @@ __device__ __forceinline__ float collect(const float (*partial)[LANES], int warp
     return sum;
 }
 
-// One token: out (rows,) = x @ weight.T (+ bias) (+ residual, which may be `out`), and what a norm with `weight` (rows,)
-// makes of it: int8 inputs of out * weight, and the sum of squares of each 32 of `out`, from which those who read the
-// inputs make the norm's factor. x and `squares` as in matvec.cu; `warps` share a strip.
+// One token: out (rows,) = x @ weight.T (+ bias) (+ residual, which may be `out`), and what a norm with `weight`
+// (rows,) makes of it: int8 inputs of out * weight, and the sum of squares of each 32 of `out`, from which those who
+// read the inputs make the norm's factor. x and `squares` as in matvec.cu; `warps` share a strip.
 // Grid: blocks of 32 rows. Block: STRIPS * warps warps.
 extern "C" __global__ void __launch_bounds__(MOST_THREADS * 2)
     matvec_norm(const u8* codes, const u8* d, const u8* scale, const u8* dmin, const u8* minimum, const u8* tables,
@@ -97,8 +117,9 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
     const bool second = warp >= STRIPS * warps;
     const int strip = blockIdx.x * STRIPS + warp / warps % STRIPS, row = blockIdx.x * 32 + lane;
     const bool there = strip * LANES < rows;
-    const Strip from = strip_of(second ? other_codes : codes, second ? other_d : d, second ? other_scale : scale,
-                                second ? other_dmin : dmin, second ? other_minimum : minimum, there ? strip : 0, chunks);
+    const Strip from =
+        strip_of(second ? other_codes : codes, second ? other_d : d, second ? other_scale : scale,
+                 second ? other_dmin : dmin, second ? other_minimum : minimum, there ? strip : 0, chunks);
     const Share share = share_of(warp % warps, warps, there ? chunks : 0);
     Stage stages[STAGES];
     begin(stages, share, from, q, a);
@@ -115,7 +136,8 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
     if (row < rows) {
         const float norm = before[lane];
         const float gate = collect(partial + lane / LANES * warps, warps, lane % LANES) * (norm * factor);
-        const float up = collect(partial + (STRIPS + lane / LANES) * warps, warps, lane % LANES) * (norm * other_factor);
+        const float up = collect(partial + (STRIPS + lane / LANES) * warps, warps, lane % LANES) *
+                         (norm * other_factor);
         x = gated(gate, up, squared);
         if (out) out[row] = x;
     }

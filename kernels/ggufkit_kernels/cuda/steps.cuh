@@ -1,5 +1,6 @@
-// The products of a strip's chunks with int8 inputs: what each warp does with its share of the columns, its loads always
-// under way. STAGES is how many chunks of a thread are asked for at once, TOKENS how many tokens share what is unpacked.
+// The products of a strip's chunks with int8 inputs: what each warp does with its share of the columns, its loads
+// always under way. STAGES is how many chunks of a thread are asked for at once, TOKENS how many tokens share what is
+// unpacked.
 #pragma once
 #include "layout.cuh"
 
@@ -62,8 +63,8 @@ struct Tables {
 };
 
 #if TOKENS == 1
-// One token: acc += the stage's chunk; then the stage has chunk `next`, if there is one. Each vector of codes is asked for
-// again as soon as its last code is used, so that a thread always has loads on their way.
+// One token: acc += the stage's chunk; then the stage has chunk `next`, if there is one. Each vector of codes is asked
+// for again as soon as its last code is used, so that a thread always has loads on their way.
 __device__ __forceinline__ void step(Stage& stage, float (&acc)[4], const Strip& from, const Tables& book, const i8* q,
                                      const uint2* a, int here, int next, int chunks, int part, int) {
     Chunk& c = stage.chunk;
@@ -145,7 +146,8 @@ __device__ __forceinline__ Share share_of(int warp, int warps, int chunks) {
     return {warp * STEP + lane / PARTS, warps * STEP, chunks, lane % PARTS};
 }
 
-__device__ __forceinline__ void begin(Stage (&stages)[STAGES], Share s, const Strip& from, const i8* q, const uint2* a) {
+__device__ __forceinline__ void begin(Stage (&stages)[STAGES], Share s, const Strip& from, const i8* q,
+                                      const uint2* a) {
 #pragma unroll
     for (int k = 0; k < STAGES; k++)
         if (s.chunk + k * s.stride < s.chunks) load_stage(stages[k], from, q, a, s.chunk + k * s.stride, s.part);
@@ -172,8 +174,8 @@ __device__ __forceinline__ void run(float (&acc)[4 * TOKENS], Stage (&stages)[ST
     }
 }
 
-// What the numbers of a norm are multiplied with: 1 / sqrt(mean square + eps), from the sums of squares that blocks left.
-// All 32 lanes of a warp come.
+// What the numbers of a norm are multiplied with: 1 / sqrt(mean square + eps), from the sums of squares that blocks
+// left. All 32 lanes of a warp come.
 __device__ __forceinline__ float norm_of(const float* squares, int n_squares, int cols, float eps) {
     float sum = 0.0f;
 #pragma unroll 4

@@ -6,8 +6,9 @@
 #define MOST_THREADS (32 * MOST_WARPS)
 
 // Sums of the first LEFT values over the lanes that have the same rows: those whose numbers are alike below SHARE. At
-// each step a lane hands half of its sums over and takes up the other half, so that about LEFT shuffles do. Afterwards a
-// lane has LEFT * SHARE / 32 sums, at least one, from number `first` on; where several have the same ones, `writes` is true in one.
+// each step a lane hands half of its sums over and takes up the other half, so that about LEFT shuffles do. Afterwards
+// a lane has LEFT * SHARE / 32 sums, at least one, from number `first` on; where several have the same ones, `writes`
+// is true in one.
 template <int LEFT, int BIT, int SHARE, int N>
 __device__ __forceinline__ void reduce(float (&acc)[N], int lane, int& first, bool& writes) {
     if constexpr (BIT >= SHARE) {
@@ -31,9 +32,9 @@ __device__ __forceinline__ float extra_of(const float* bias, const float* residu
     return (bias ? bias[row] : 0.0f) + (residual ? residual[(size_t)token * rows + row] : 0.0f);
 }
 
-// acc: sums of R rows (from R * (lane % SHARE) of the strip on) of T tokens each, in every thread of a block of at
-// most MOST_WARPS warps. out (n, rows) = *factor (in shared memory) * their sums over the block (+ bias (rows,)) (+ residual (n, rows)).
-// `residual` may be `out`.
+// acc: sums of R rows (from R * (lane % SHARE) of the strip on) of T tokens each, in every thread of a block of at most
+// MOST_WARPS warps. out (n, rows) = *factor (in shared memory) * their sums over the block (+ bias (rows,)) (+ residual
+// (n, rows)). `residual` may be `out`.
 template <int T, int R, int SHARE>
 __device__ __forceinline__ void finish(float (&acc)[T * R], int strip, int first_token, int rows, int n,
                                        const float* factor, const float* bias, const float* residual, float* out) {

@@ -1,4 +1,15 @@
-// HEADER
+// From packed codes back to weights: rows as float16 for cuBLAS (`unpack`), single rows as float32 (`embed`).
+//
+// A weight is computed in float32 by the formula of `Quants` in its order, so `embed` equals the type's own decoding
+// bit for bit, and `unpack` is that rounded to nearest even. float16 ends at 65,504: finite weights beyond become that
+// (none are in any network that we know of), infinity and NaN stay. Weights below 6e-8 become subnormal or zero.
+//
+// unpack: a warp takes STEP chunks of a strip as the matvec does, decodes them into a tile of shared memory, and writes
+// the tile row by row, 512 bytes of a row a warp. Reads and writes are whole lines; what is written is 3.6 times what
+// is read (Q4_K). 8e9 weights: 20 GB, 6 ms at 3.35 TB/s where nothing stays in the 50 MB of second-level cache; slabs
+// that do stay there are not written to memory. Some 10 instructions a weight, half of them of half rate: 3 ms. embed:
+// a thread takes four columns of a row, whose codes lie VECTOR bytes apart; a few rows, so nothing is shared. sm_90: 80
+// and 32 registers, no spills. Not timed on a device.
 #include "layout.cuh"
 
 #define THREADS 128
@@ -24,9 +35,9 @@ __device__ __forceinline__ void weights_of(u32 quad, float scale, float low, con
 
 // Rows first_row … of a matrix as float16, row-major: out (last - first_row, cols), first_row a multiple of LANES and
 // last = min(first_row + LANES * gridDim.y, rows). Grid: (groups of WARPS tiles of TILE columns, strips).
-extern "C" __global__ void __launch_bounds__(128) unpack(const u8* codes, const u8* d, const u8* scale, const u8* dmin,
-                                                         const u8* minimum, const float* levels, u16* out, int first_row,
-                                                         int rows, int cols, int chunks) {
+extern "C" __global__ void __launch_bounds__(128)
+    unpack(const u8* codes, const u8* d, const u8* scale, const u8* dmin, const u8* minimum, const float* levels,
+           u16* out, int first_row, int rows, int cols, int chunks) {
     __shared__ uint4 tile[WARPS][LANES][PITCH / 8];
     __shared__ float book[16];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = lane % PARTS;

@@ -62,10 +62,10 @@ def stages_of(layout: Layout, tokens: int) -> int:
     return 2 if few and tokens <= 2 else 1
 
 
-def matvec_module(layout: Layout, tokens: int, lanes: int = LANES) -> Module:
-    """The module of products with a tile of `tokens` tokens."""
+def matvec_module(layout: Layout, tokens: int, lanes: int = LANES, persistent: bool = False) -> Module:
+    """The module of products with a tile of `tokens` tokens; `persistent`: of blocks that take several strips."""
     file = "plain.cu" if layout.is_plain else "matvec.cu"
-    macros = layout_defines(layout, lanes)
+    macros = layout_defines(layout, lanes) | ({"PERSISTENT": 1} if persistent else {})
     return module(file, TOKENS=tokens, STAGES=stages_of(layout, tokens), MOST_WARPS=most_warps(layout), **macros)
 
 
@@ -100,6 +100,7 @@ def modules(types: Iterable[TensorType] | None = None, lanes: int = LANES) -> It
     """All modules that matrices of these types (None: all that are registered) and their inputs need, each once."""
     types = TYPES.values() if types is None else types
     yield INPUTS
+    yield PREFETCH
     for layout in dict.fromkeys(map(layout_of_type, types)):
         yield unpack_module(layout, lanes)
         for tokens in TILES:
@@ -110,7 +111,7 @@ def modules(types: Iterable[TensorType] | None = None, lanes: int = LANES) -> It
 
 # -- inputs ---------------------------------------------------------------------------------------------
 
-INPUTS = module("inputs.cu")
+INPUTS, PREFETCH = module("inputs.cu"), module("prefetch.cu")
 
 
 def padded_cols(cols: int) -> int:
@@ -174,6 +175,8 @@ def tile_of(n: int) -> int:
 class CudaWeight:
     """A matrix (rows, cols) in device memory."""
 
+    blocks = 0  # that stay and go from strip to strip in `matvec`; 0: a block a strip. For measurements
+
     def __init__(self, device: Device, packed: Packed):
         self.shape, self.layout, self.nbytes = packed.shape, packed.layout, packed.nbytes
         self.factor = float(packed.table_step)
@@ -217,8 +220,9 @@ class CudaWeight:
         """
         rows, cols = self.shape
         tokens = tile_of(n)
-        grid, threads = (self.strips, -(-n // tokens)), 32 * self.warps
-        compiled = matvec_module(self.layout, tokens)
+        stays = 0 < self.blocks < self.strips and not self.layout.is_plain
+        grid, threads = (self.blocks if stays else self.strips, -(-n // tokens)), 32 * self.warps
+        compiled = matvec_module(self.layout, tokens, persistent=stays)
         if self.layout.is_plain:
             return compiled.kernel("plain_matvec"), grid, threads, self.codes, x, bias, add, out, rows, cols, n
         assert isinstance(x, Inputs) and x.cols == cols and n <= x.n
@@ -236,7 +240,7 @@ class CudaWeight:
         bias: Array | None = None,
         add: Array | None = None,
     ) -> Launch:
-        """`matvec` of one token, and what rmsnorm(out, weight, eps) makes of it as int8: `to`, whose `normed` is true."""
+        """`matvec` of one token, and what rmsnorm(out, weight, eps) makes of it as int8: `to`, which is `normed`."""
         rows, cols = self.shape
         assert to.squares is not None and (x.cols, to.cols) == (cols, rows)
         to.eps = float(eps)
@@ -248,8 +252,8 @@ class CudaWeight:
         return kernel, (to.padded // 32,), 32 * warps * (32 // LANES), *self.parts, self.table, *args
 
     def matvec_gated(self, other: CudaWeight, x: Inputs, to: Inputs, squared: bool, out: Array | None = None) -> Launch:
-        """Of one token, silu(gate) * up, or max(gate, 0)² * up where `squared`, as int8, and as `out` float32 (1, rows)
-        where one is given: this matrix makes the gate, `other`, of the same shape and layout, what it is multiplied with.
+        """Of one token, silu(gate) * up, or max(gate, 0)² * up where `squared`, as int8, and as `out` float32
+        (1, rows) where one is given: this matrix makes the gate, `other`, of the same shape and layout, the factor.
         """
         rows, cols = self.shape
         assert self.goes_with(other) and (x.cols, to.cols) == (cols, rows)
@@ -264,6 +268,11 @@ class CudaWeight:
         """Whether `matvec_gated` takes the two: of one type, so that what codes mean is the same."""
         same = (self.shape, self.layout, self.codebook) == (other.shape, other.layout, other.codebook)
         return same and self.takes_bytes
+
+    def prefetch(self, nbytes: int, n_sm: int) -> Launch:
+        """Ask the second-level cache for the first nbytes of the codes; for a launch beside what comes before."""
+        lines = -(-min(nbytes, self.codes.nbytes) // 128)
+        return PREFETCH.kernel("prefetch"), (n_sm,), 128, self.codes, lines
 
     def unpack(self, first: int, last: int, out: Array) -> Launch:
         """Rows first … last - 1 as float16, row-major: out (at least last - first, cols). `first` is a multiple of the
