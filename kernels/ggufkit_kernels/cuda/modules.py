@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from . import loader, weights
+from . import encode, loader, weights
 from .loader import Module
 
 PLAIN: tuple[str, ...] = ("elementwise.cu", "sample.cu")  # compiled without macros
@@ -14,5 +14,6 @@ def modules() -> Iterator[Module]:
     """Each of them; some more than once. Weights are packed in strips of 16 or 8 rows, as the host's processor is."""
     for file in PLAIN:
         yield loader.module(file)
+    yield encode.MODULE
     for lanes in (16, 8):
         yield from weights.modules(lanes=lanes)
