@@ -11,12 +11,15 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent.parent))
 
+import checkpoints
 from encode_cases import ROWS
 from ggufkit_formats.blocks import TYPES, find
-from ggufkit_formats.errors import FormatError
+from ggufkit_formats.errors import DeviceError, FormatError, UsageError
 from ggufkit_kernels.cuda import encode
 from ggufkit_kernels.cuda.encode import ENCODERS, CudaEncoder
 from nasty_weights import large_rows, with_scales
+
+from ggufkit.convert import convert
 
 NAMES = list(ENCODERS)
 
@@ -80,3 +83,36 @@ def test_which_types():
     importance = np.ones(256, np.float32)
     assert {name for name, t in TYPES.items() if encode.encodes(t, None)} == set(NAMES)
     assert {name for name, t in TYPES.items() if encode.encodes(t, importance)} == {"Q8_0"}
+
+
+def test_convert_on_a_device(device, monkeypatch, tmp_path):
+    """The same file, and the device did the types that it can."""
+    from ggufkit_kernels.cuda import cupy_device
+
+    done = []
+
+    class Watched(CudaEncoder):
+        def encode(self, type, x):
+            done.append(type.name)
+            return super().encode(type, x)
+
+    monkeypatch.setattr(cupy_device, "CupyDevice", lambda: device)
+    monkeypatch.setattr(encode, "CudaEncoder", Watched)
+    source = checkpoints.make(tmp_path / "checkpoint", dim=256, ffn=512)
+    for file_type, names in (("q4_k_m", {"Q4_K", "Q6_K"}), ("q3_k_m", set()), ("q8_0", {"Q8_0"})):
+        done.clear()
+        made = [tmp_path / f"{file_type}-{where}.gguf" for where in ("cpu", "cuda")]
+        convert(source, file_type, made[0], device="cpu")
+        assert not done
+        convert(source, file_type, made[1], device="cuda")
+        assert made[0].read_bytes() == made[1].read_bytes()
+        assert set(done) >= names
+    with pytest.raises(UsageError, match="unknown device 'tpu'"):
+        convert(source, "q8_0", tmp_path / "x.gguf", device="tpu")
+
+
+def test_convert_without_a_device(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(DeviceError, match=r"^--device cuda needs CuPy: pip install 'ggufkit\[cuda13\]'"):
+        convert(checkpoints.make(tmp_path / "checkpoint", dim=256, ffn=512), "q8_0", tmp_path / "x.gguf", device="cuda")
+    assert not (tmp_path / "x.gguf").exists()

@@ -10,9 +10,9 @@ from ggufkit_formats.blocks import TensorType
 from ggufkit_formats.blocks.base import as_float32
 
 from .device import Device
-from .loader import module
+from .loader import Module
 
-MODULE = module("encode.cu", fmad=False)
+MODULE = Module("encode.cu", fmad=False)
 PIECE = 1 << 24  # weights on the device at a time
 
 
