@@ -37,9 +37,9 @@ class Kernel:
     name: str
 
 
-def module(file: str, fmad: bool = True, **defines: int | str) -> Module:
+def module(file: str, **defines: int | str) -> Module:
     """The module of a file with these macros."""
-    return Module(file, tuple(sorted(defines.items())), fmad)
+    return Module(file, tuple(sorted(defines.items())))
 
 
 def files() -> list[str]:

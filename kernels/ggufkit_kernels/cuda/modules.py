@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from . import attention, loader, weights
+from . import attention, encode, loader, weights
 from .loader import Module
 
 PLAIN: tuple[str, ...] = ("elementwise.cu", "prompt.cu", "sample.cu")  # compiled without macros
@@ -18,5 +18,6 @@ def modules() -> Iterator[Module]:
         yield loader.module(file)
     for head_dim, group in HEADS:
         yield attention.attend_module(head_dim, group)
+    yield encode.MODULE
     for lanes in (16, 8):
         yield from weights.modules(lanes=lanes)
