@@ -8,9 +8,10 @@ import gc
 import numpy as np
 import pytest
 import tiny_models
-from ggufkit_formats.errors import UsageError
+from ggufkit_formats import gguf
+from ggufkit_formats.errors import DeviceMemoryError, UsageError
 from ggufkit_kernels.cuda import attention
-from ggufkit_runtime import devices, evaluate, generate
+from ggufkit_runtime import devices, evaluate, fit, generate, importance, models
 
 CASES = {
     "llama Q4_K": ("llama", "Q4_K", {}),
@@ -241,6 +242,14 @@ def test_perplexity_and_bench(llama):
     assert all(r.tokens_per_s > 0 for r in evaluate.bench(llama, 12, 3, 1))
 
 
+def test_an_importance_matrix(llama):
+    text = "w1 w2 w3 " * 20
+    ours, cpu = (importance.collect(m, text, 16, 2) for m in (llama, generate.load(llama.info.path, device="cpu")))
+    assert ours.counts == cpu.counts
+    for name, sums in cpu.sums.items():
+        assert np.linalg.norm(ours.sums[name] - sums) < 2e-2 * np.linalg.norm(sums), name
+
+
 # -- part of the layers ----------------------------------------------------------------------------
 
 
@@ -261,6 +270,34 @@ def test_part_of_the_layers(path, on_device, n):
     assert distance(both.forward([5], ours), cpu.forward([5], theirs)) < 5e-2
     last = both.forward(ids[:3], ours, first=2)
     assert last.shape == (1, cpu.config.n_vocab) and distance(last, cpu.forward(ids[:3], theirs, first=2)) < 5e-2
+
+
+def test_as_many_layers_as_fit(tmp_path, device, monkeypatch):
+    """What is computed beforehand is not less than what is taken."""
+    if not hasattr(device, "used"):
+        pytest.skip("only the emulated device counts every byte")
+    path = tiny_models.write(tmp_path / "m.gguf", "llama", "Q4_K", optional=False)
+    monkeypatch.setattr(devices, "open_gpu", lambda: device)
+    with gguf.open(path) as file:
+        config = models.by_arch("llama").config_from_metadata(file.metadata)
+        needs = fit.needs(fit.Plan(models.by_arch("llama"), config, file.tensors, None))
+    for n, name in ((0, None), (1, "cuda+cpu"), (2, "cuda+cpu"), (3, "cuda")):
+        free = needs.total(n) if n else needs.total(1) - 1
+        monkeypatch.setattr(device, "memory", lambda free=free: (free, free))
+        if name is None:
+            with pytest.raises(DeviceMemoryError, match="--ctx-size"):
+                generate.load(path, device="cuda")
+            continue
+        before = device.used
+        model = generate.load(path, device="cuda")
+        assert model.ops.name == name and getattr(model.ops, "n_gpu_layers", 3) == n
+        cache = model.cache()
+        for part in np.split(np.arange(300) % 320, [140, 280]):
+            model.forward(part, cache)
+        model.forward([1], cache)
+        assert device.used - before <= free
+        del model, cache
+        gc.collect()
 
 
 def test_part_of_the_layers_generates(tmp_path, on_device):

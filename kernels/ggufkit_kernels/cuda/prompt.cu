@@ -11,7 +11,7 @@
 // read, again by the second pass from the cache, halves written and read). 2,048 tokens, 32 heads: 67 M pairs, half of
 // them in the past: 0.4 GB, 0.12 ms a layer on an H100, beside 0.02 ms (17 GFLOP at half the rate of tensor cores) for the
 // products. A kernel that keeps the scores on the chip (FlashAttention, arXiv 2205.14135) would save most of it, 4 ms of
-// the 55 that 2,048 tokens of an 8B network cost at the rate of cuBLAS; it is not written. Nothing is measured on a device.
+// the 50 that 2,048 tokens of an 8B network cost at the rate of cuBLAS; it is not written. Nothing is measured on a device.
 #include "common.cuh"
 
 // The largest of a block, in every thread. All threads must come.
