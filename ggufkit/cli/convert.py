@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 @click.option("--ternary", type=click.Choice(["ggml", "absmean", "search"], case_sensitive=False), default="ggml",
               help="Scales of ternary types: ggml's (default), the tensor's mean magnitude, or searched.")  # fmt: skip
 @screen.threads_option
+@screen.device_option
 @screen.json_option
 def command(
     source: str,
@@ -51,6 +52,7 @@ def command(
     imatrix: str | None,
     ternary: str,
     threads: int | None,
+    device: str,
     as_json: bool,
 ) -> None:
     """Convert SOURCE to a GGUF file of the file type TYPE (q4_k_m, q8_0, f16 …).
@@ -77,7 +79,7 @@ def command(
             source, type, output, overwrite=overwrite, plan=plan, no_fallback=no_fallback,
             allow_requantize=allow_requantize, tensor_types=tensor_types, output_tensor_type=output_tensor_type,
             token_embedding_type=token_embedding_type, pure=pure, pre_tokenizer=pre_tokenizer, imatrix=imatrix,
-            ternary=ternary,
+            ternary=ternary, device=device,
             threads=threads, progress=progress, started=started,
         )  # fmt: skip
     seconds = time.monotonic() - began

@@ -32,6 +32,7 @@ _LARGEST_FINITE = {"F16": 0x7BFF, "BF16": 0x7F7F}  # bits without the sign
 Progress = Callable[[int, int], None]  # bytes of the source done, bytes in all
 Step = Callable[[], np.ndarray]
 Importance = Callable[[str, tuple[int, ...]], np.ndarray | None]  # name, shape -> (matrices, cols), if there is any
+Encode = Callable[..., np.ndarray]  # as `encode` below
 
 
 def write(
@@ -42,10 +43,11 @@ def write(
     progress: Progress | None,
     importance: Importance | None = None,
     method: str = "ggml",
+    encoder: Encode | None = None,
 ) -> None:
     """Write all tensors, in the plan's order. Raises FormatError naming a tensor whose values cannot be written.
 
-    `method` is one of ternary.METHODS, for ternary types.
+    `method` is one of ternary.METHODS, for ternary types. `encoder` takes the place of `encode`.
     """
     total = sum(_nbytes(each.input) for each in outputs)
     done = 0
@@ -54,7 +56,7 @@ def write(
     waiting: deque[tuple[Planned, int, Future[np.ndarray]]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="convert")
     try:
-        for plan, nbytes, step in _steps(outputs, planned, weights, importance, method):
+        for plan, nbytes, step in _steps(outputs, planned, weights, importance, method, encoder or encode):
             waiting.append((plan, nbytes, pool.submit(step)))
             while len(waiting) > threads + 1:
                 done = _take(waiting, writer, done, total, progress)
@@ -83,7 +85,12 @@ def _nbytes(each: Input) -> int:
 
 
 def _steps(
-    outputs: list[Output], planned: list[Planned], weights: int, importance: Importance | None, method: str
+    outputs: list[Output],
+    planned: list[Planned],
+    weights: int,
+    importance: Importance | None,
+    method: str,
+    encoder: Encode,
 ) -> Iterator[tuple[Planned, int, Step]]:
     """(tensor, bytes of the source, what makes its next bytes), in order."""
     plans = iter(planned)
@@ -96,12 +103,12 @@ def _steps(
         columns = None
         if importance is not None and len(each.input.shape) > 1 and parts[0].type.uses_importance:
             columns = importance(each.input.name, each.input.shape)
-        for nbytes, step in _of(each.input, parts[0].type, weights, columns, method):
+        for nbytes, step in _of(each.input, parts[0].type, weights, columns, method, encoder):
             yield parts[0], nbytes, _named(each.input, step)
 
 
 def _of(
-    each: Input, kind: TensorType, weights: int, importance: np.ndarray | None, method: str
+    each: Input, kind: TensorType, weights: int, importance: np.ndarray | None, method: str, encoder: Encode
 ) -> Iterator[tuple[int, Step]]:
     tensor = each.tensor
     if tensor is None:
@@ -117,7 +124,7 @@ def _of(
         if each.signs:
             how = lambda x: encode(kind, np.sign(x))  # noqa: E731
         else:
-            how = ternary.encoder(method, kind, lambda: chunks(tensor, weights)) or partial(encode, kind)
+            how = ternary.encoder(method, kind, lambda: chunks(tensor, weights)) or partial(encoder, kind)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             yield share(tensor, start, stop), _slab(each, start, stop, how, importance)

@@ -30,7 +30,7 @@ def gpu_device():
     """The real device; skips where there is none."""
     pytest.importorskip("cupy", reason="not run on a GPU: there is no CuPy")
     from ggufkit_formats.errors import DeviceError
-    from ggufkit_kernels.cuda.device import CupyDevice
+    from ggufkit_kernels.cuda.cupy_device import CupyDevice
 
     try:
         return CupyDevice()

@@ -15,13 +15,14 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import math
 import mmap
 import os
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ SHIM = Path(__file__).with_name("shim.h")
 WORDS = os.environ.get("GGUFKIT_EMULATED", "").split()
 SANITIZED = "sanitize" in WORDS
 COMPILER = shutil.which("g++")
-FLAGS = ["-std=c++17", "-g", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fvisibility=hidden"]
+FLAGS = ["-std=c++17", "-g1", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fvisibility=hidden"]
 FLAGS += ["-fno-gnu-unique", "-fPIC", "-shared", "-Werror=uninitialized", "-Werror=return-type"]
 if SANITIZED:
     FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
@@ -45,7 +46,7 @@ if "ucontext" in WORDS:
     FLAGS += ["-DSHIM_UCONTEXT"]
 THREADS, STACK_BYTES = 1024, (256 if SANITIZED else 64) * 1024
 UNUSED_SECONDS = 2 * 86400
-_BOUNDS = r'extern "C" __global__ void\s+__launch_bounds__\(\s*(\d+)[^)]*\)\s+%s\s*\('
+_BOUNDS = r'extern "C" __global__ void\s+__launch_bounds__\(([^,)]*)[^)]*\)\s+%s\s*\('
 
 ran: set[tuple[str, str]] = set()  # (file, kernel) that any device of this process launched
 
@@ -88,18 +89,12 @@ def library_path(module: Module) -> Path:
             source.write_text(text, encoding="utf-8")
             part = folder() / f"{stem}.{os.getpid()}.part"
             command = [COMPILER, *FLAGS, f"-I{SHIM.parent}", str(source), "-o", str(part)]
-            done = subprocess.run(command, capture_output=True, text=True)
+            env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # of the sanitizer
+            done = subprocess.run(command, capture_output=True, text=True, env=env)
             if done.returncode:
                 raise DeviceError(f"g++ refuses {module.file} with {dict(module.defines)}:\n{done.stderr[:4000]}")
             part.replace(library)
     return library
-
-
-def compile_all(modules: Iterable[Module]) -> None:
-    """Compile modules side by side, so that tests which need many of them wait less."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(library_path, list(modules)):
-            pass
 
 
 class Entry:
@@ -114,8 +109,22 @@ class Entry:
         self.launch.restype = ctypes.c_char_p
         self.launch.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
         self.launch.argtypes += [ctypes.c_int]
-        bounds = re.search(_BOUNDS % kernel.name, loader.source(kernel.module))
-        self.most = int(bounds[1]) if bounds else THREADS
+        self.most = _most_threads(kernel)
+
+
+def _most_threads(kernel: Kernel) -> int:
+    """What the kernel's __launch_bounds__ says; products of numbers and macros, those of the source too."""
+    source = loader.source(kernel.module)
+    bounds = re.search(_BOUNDS % kernel.name, source)
+    if bounds is None:
+        return THREADS
+    macros = dict(re.findall(r"^#define (\w+) (.+?)\s*(?://.*)?$", source, re.MULTILINE))
+
+    def value(text: str) -> int:
+        factors = (factor.strip() for factor in text.strip("() ").split("*"))
+        return math.prod(value(macros[factor]) if factor in macros else int(factor) for factor in factors)
+
+    return value(bounds[1])
 
 
 @functools.cache
@@ -220,6 +229,13 @@ class EmulatedDevice:
         self.name, self.arch, self.n_sm = "emulated", arch, n_sm
         self.total, self.used, self.launches = total, 0, 0
         self.reversed = "reversed" in WORDS if reverse is None else reverse
+
+    def compile(self, modules: Iterable[Module], progress: Callable[[int, int], None] | None = None) -> None:
+        wanted = list(dict.fromkeys(modules))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for k, _ in enumerate(pool.map(library_path, wanted)):
+                if progress is not None:
+                    progress(k + 1, len(wanted))
 
     def _new(self, shape: Sequence[int], dtype: Any) -> np.ndarray:
         dtype = np.dtype(dtype)

@@ -47,7 +47,7 @@ extern "C" __global__ void lonely_barrier(int kind, int one) {
     else
         __syncthreads();
     if (kind == 2 && (int)threadIdx.x != one) __shfl_xor_sync(FULL_WARP, 1, 1);
-    if (kind == 3) __shfl_sync(1u << one, 1, one);
+    if (kind == 3) __shfl_sync(1u << one % 32, 1, one);
     if (kind == 4 && (int)threadIdx.x == one) __trap();
 }
 

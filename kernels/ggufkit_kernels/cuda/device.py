@@ -1,4 +1,5 @@
-"""What the backend asks of a GPU. `CupyDevice` is the real one; tests bring one that runs the same source on the CPU.
+"""What the backend asks of a GPU. `cupy_device.CupyDevice` is the real one; tests bring one that runs the same source
+on the CPU.
 
 Arrays are the device's own: they have .shape, .dtype, .nbytes, .strides, .reshape() and slicing as NumPy's have, but
 only `upload`, `download` and `write` move numbers. All work is queued in one stream, in order.
@@ -6,12 +7,12 @@ only `upload`, `download` and `write` move numbers. All work is queued in one st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from .loader import Kernel
+from .loader import Kernel, Module
 
 Array = Any
 
@@ -28,6 +29,11 @@ class Device(Protocol):
     name: str  # as the driver says it
     arch: int  # compute capability: 75, 80, 90, 120
     n_sm: int  # multiprocessors
+
+    def compile(self, modules: Iterable[Module], progress: Callable[[int, int], None] | None = None) -> None:
+        """Compile and load modules ahead, side by side; `progress` is told (done, of how many), from other threads.
+        A launch would do it for its own module."""
+        ...
 
     def empty(self, shape: Sequence[int], dtype: Any) -> Array:
         """Memory whose contents are anything. Raises DeviceMemoryError where there is not enough."""

@@ -23,6 +23,7 @@ class Module:
 
     file: str
     defines: tuple[tuple[str, int | str], ...] = ()
+    fmad: bool = True  # whether a * b + c may be rounded once
 
     def kernel(self, name: str) -> Kernel:
         return Kernel(self, name)
@@ -65,6 +66,12 @@ def source(module: Module) -> str:
     """What is compiled: the macros, then the file."""
     macros = "".join(f"#define {name} {value}\n" for name, value in module.defines)
     return macros + text(module.file)
+
+
+def options(module: Module) -> tuple[str, ...]:
+    """What nvrtc is told, but for the architecture. Subnormal numbers stay what they are: CuPy's own way to compile,
+    RawModule, always flushes them to zero, and a subnormal weight would not be decoded as it is on the CPU."""
+    return ("-std=c++17", "-ftz=false", f"-fmad={'true' if module.fmad else 'false'}")
 
 
 def kernel_names(file: str) -> list[str]:
