@@ -49,8 +49,8 @@
 // out (n, rows) = factor * x (n, cols) @ weight.T (+ bias (rows,)) (+ residual (n, rows)), x as `quantize` leaves it.
 // Where `squares` ((cols + 31) / 32,) is not null, the inputs are those of one token before its norm (see fused.cu),
 // and the products are multiplied with what the norm is.
-// Grid: (strips, or fewer where PERSISTENT, tiles of TOKENS tokens); what a tile has beyond n repeats the last token and
-// is not written.
+// Grid: (strips, or fewer where PERSISTENT, tiles of TOKENS tokens); what a tile has beyond n repeats the last token
+// and is not written.
 extern "C" __global__ void __launch_bounds__(MOST_THREADS, MIN_BLOCKS)
     matvec(const u8* codes, const u8* d, const u8* scale, const u8* dmin, const u8* minimum, const u8* tables,
            const i8* q, const uint2* a, const float* squares, const float* bias, const float* residual, float* out,
