@@ -151,6 +151,22 @@ def network(device: Any, shape: str, type: str, pool: Pool) -> tuple[Any, Any, i
     return config, made, nbytes, products
 
 
+def variants(ops: CudaOps, weights: Any) -> list[tuple[str, Callable[[], Any]]]:
+    """What else one token's graph could be; each is put on top of the ones before, the last one takes all back."""
+    matrices = [w for layer in weights.layers for w in vars(layer).values() if hasattr(w, "blocks")]
+
+    def stay(blocks: int) -> None:
+        for matrix in matrices:
+            matrix.blocks = blocks
+
+    return [
+        ("prefetch", lambda: setattr(ops, "prefetched", 8 << 20)),
+        ("not_fused", lambda: (setattr(ops, "prefetched", 0), setattr(ops, "fused", False))),
+        ("blocks_stay", lambda: stay(4 * ops.device.n_sm)),
+        ("as_it_is", lambda: (stay(0), setattr(ops, "fused", True))),
+    ]
+
+
 def speeds(device: Any, shape: str, type: str, pool: Pool, sizes: Sizes, limit: dict[str, float]) -> dict[str, Any]:
     """Tokens per second of one network, and the shares of the device's limits that they are."""
     config, weights, nbytes, products = network(device, shape, type, pool)
@@ -162,17 +178,23 @@ def speeds(device: Any, shape: str, type: str, pool: Pool, sizes: Sizes, limit: 
     def token() -> None:
         ops.top(ops.forward(llama.forward, config, weights, np.array([7]), cache), 1)
 
-    for context in sizes.contexts:
+    def decode(context: int) -> float:
         cache.length = context
         token()  # compiles and records
         device.synchronize()
         began = time.perf_counter()
         for _ in range(sizes.tokens):
             token()
-        rate = sizes.tokens / (time.perf_counter() - began)
-        found[f"decode_{context}"] = rate
-    found["share_of_copy"] = found[f"decode_{sizes.contexts[0]}"] * nbytes / 1e9 / limit["copy_gb_s"]
+        return sizes.tokens / (time.perf_counter() - began)
+
+    for context in sizes.contexts:
+        found[f"decode_{context}"] = decode(context)
     found["launches"] = cache.trace.n_launches
+    for name, change in variants(ops, weights):
+        change()
+        cache.trace = None
+        found[f"decode_{sizes.contexts[0]}_{name}"] = decode(sizes.contexts[0])
+    found["share_of_copy"] = found[f"decode_{sizes.contexts[0]}"] * nbytes / 1e9 / limit["copy_gb_s"]
     ids = np.random.default_rng(0).integers(0, config.n_vocab, sizes.prompt)
 
     def prompt() -> None:
@@ -277,12 +299,16 @@ def table(report: dict[str, Any], sizes: Sizes) -> str:
         f"{row[prefill]:14.0f}{row['share_of_gemm']:11.0%}"
         for row in report["speeds"]
     ]
+    for row in report["speeds"]:
+        others = [f"{key.removeprefix(short)[1:]} {row[key]:.1f}" for key in row if key.startswith(f"{short}_")]
+        head = f"{row['shape']} {row['type']}, {row['launches']} launches a token"
+        lines.append(f"{head}; {short} otherwise: {', '.join(others)}")
     lines += [f"{row['type']:8} KL {row['kl_cuda']:.3e} (CPU {row['kl_cpu']:.3e})" for row in report["nearness"]]
     lines += [f"{goal}: {what}" for goal, what in report["goals"]]
     lines += [f"not done: {what}" for what in report["left_out"]]
     if "tests" in report:
         lines.append(f"tests: {report['tests']}")
-    lines.append("memory errors: compute-sanitizer --tool memcheck python -m pytest -q -m gpu tests/cuda -k kernels")
+    lines.append("memory errors: compute-sanitizer --tool memcheck python -m pytest -q -m 'gpu and kernels' tests/cuda")
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ what recording must survive, and how many launches a layer takes."""
 from __future__ import annotations
 
 import gc
+import json
 
 import numpy as np
 import pytest
@@ -174,8 +175,23 @@ def test_a_network_that_fuses_little(device, codes, nearness):
         assert distance(found, expected) < nearness
 
 
+def test_variants_to_be_measured_compute_the_same(llama):
+    """Weights asked for beside attention, and blocks of a matvec that go from strip to strip."""
+    ids = [1, 300, 7]
+    plain, other = llama.cache(), llama.cache()
+    expected = [llama.forward([t], plain) for t in ids]
+    llama.ops.prefetched = 1 << 16
+    for layer in llama.weights.layers:
+        layer.attn_q.blocks = layer.ffn_down.blocks = 4
+    assert np.array_equal([llama.forward([t], other) for t in ids], expected)
+    names = [launch[0].name for level in other.trace.levels for launch in level]
+    assert names.count("prefetch") == 2
+
+
 def test_memory_is_given_back_at_once(llama):
     """A conversation's cache and graph go with it: no cycle of references keeps them until Python looks for those."""
+    if not hasattr(llama.ops.device, "used"):
+        pytest.skip("only the emulated device counts every byte")
     llama.forward(np.arange(12), llama.cache())  # what the backend keeps
     llama.forward([1], llama.cache())
     before = llama.ops.device.memory()[0]
@@ -307,3 +323,24 @@ def test_part_of_the_layers_generates(tmp_path, on_device):
         for device, n in (("cpu", None), ("cuda", 1), ("cuda", 2), ("cuda", 3))
     ]
     assert len(set(map(tuple, texts))) == 1
+
+
+def test_the_command_line(tmp_path, on_device, capsys):
+    """run and bench on the device, and on both sides, which a line on stderr says."""
+    from ggufkit.cli import main
+
+    path = str(tiny_models.write(tmp_path / "m.gguf", "llama", "Q8_0", optional=False))
+
+    def ran(*words):
+        with pytest.raises(SystemExit) as ended:
+            main([*words, "-m", path, "--device", "cuda", "--json"])
+        out, err = capsys.readouterr()
+        assert ended.value.code in (0, None), err
+        return json.loads(out), err
+
+    run = ("run", "w1 w2", "-n", "5", "--raw", "--temp", "0")
+    (all_there, err), (some, note) = ran(*run), ran(*run, "-ngl", "1")
+    assert all_there["tokens"] == some["tokens"] and all_there["logits_hash"]
+    assert "1 of 2 layers on the GPU" in note and "layers" not in err
+    document, _ = ran("bench", "-p", "12", "-n", "2", "-r", "1", "-ngl", "99")
+    assert document["device"] == "cuda" and len(document["results"]) == 2

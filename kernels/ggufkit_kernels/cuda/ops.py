@@ -53,6 +53,7 @@ class CudaOps:
 
     name = "cuda"
     n_batch = 2048  # tokens of a prompt at a time: what unpacking the weights costs is spread over them
+    prefetched = 0  # bytes of the matrix behind one token's attention, asked for beside it. For measurements
     most_top = launches.MOST_TOP  # logits that `top` finds at most
 
     def __init__(self, device: Device, threads: int | None = None, fused: bool = True):

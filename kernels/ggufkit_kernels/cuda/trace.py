@@ -357,6 +357,9 @@ class Program:
         parts = self._parts_at(level, cache, group)
         launch = attention.attend(q, k, v, cache, layer, self.position, parts, out, scale, turned, norms)
         self._add(launch, (q, k, v), (out,))
+        if self.ops.prefetched:
+            matrices = [reader.args[0] for reader in node.readers if reader.kind == "matmul"]
+            self.levels[level] += [x.prefetch(self.ops.prefetched, self.ops.device.n_sm) for x in matrices]
 
     def _parts_at(self, level: int, cache: CudaCache, group: int) -> Parts:
         """The launches of one level each have parts of their own; those of different levels share them."""

@@ -32,7 +32,7 @@ SIGNS = {"": "S_NONE", "i1": "S_SIGNED", "u1": "S_UNSIGNED"}
 # -- modules --------------------------------------------------------------------------------------------
 
 
-def layout_defines(layout: Layout, lanes: int = LANES) -> dict[str, int | str]:
+def layout_defines(layout: Layout, lanes: int = LANES) -> dict[str, Any]:
     """The macros of layout.cuh, or of plain.cuh."""
     if layout.is_plain:
         return {"NUMBER": f"N_{layout.values.upper()}", "LANES": lanes}
