@@ -17,3 +17,11 @@ class UnsupportedError(GgufkitError):
 
 class UsageError(GgufkitError):
     """The caller asked for something that cannot be: a wrong option, name or combination."""
+
+
+class DeviceError(GgufkitError):
+    """A GPU, its driver or what drives it from Python is missing, too old, or failed."""
+
+
+class DeviceMemoryError(DeviceError):
+    """The GPU has not as much free memory as is needed."""

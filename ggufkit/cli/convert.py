@@ -35,6 +35,7 @@ if TYPE_CHECKING:
               help="Scales of ternary types: ggml's (default), the tensor's mean magnitude, or searched.")  # fmt: skip
 @click.option("--report", is_flag=True, help="Measure the error of each tensor against its source.")
 @screen.threads_option
+@screen.device_option
 @screen.json_option
 def command(
     source: str,
@@ -53,6 +54,7 @@ def command(
     ternary: str,
     report: bool,
     threads: int | None,
+    device: str,
     as_json: bool,
 ) -> None:
     """Convert SOURCE to a GGUF file of the file type TYPE (q4_k_m, q8_0, f16 …).
@@ -79,7 +81,7 @@ def command(
             source, type, output, overwrite=overwrite, plan=plan, no_fallback=no_fallback,
             allow_requantize=allow_requantize, tensor_types=tensor_types, output_tensor_type=output_tensor_type,
             token_embedding_type=token_embedding_type, pure=pure, pre_tokenizer=pre_tokenizer, imatrix=imatrix,
-            ternary=ternary, measure=report,
+            ternary=ternary, measure=report, device=device,
             threads=threads, progress=progress, started=started,
         )  # fmt: skip
     seconds = time.monotonic() - began

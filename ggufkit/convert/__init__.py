@@ -30,6 +30,8 @@ from .report import Entry, Report
 
 __all__ = ["Entry", "Report", "convert"]
 
+Encode = Callable[..., np.ndarray]  # tensor type, float32 (rows, cols), importance (cols,) or none -> bytes of the rows
+
 
 def convert(
     source: str | os.PathLike[str],
@@ -48,6 +50,7 @@ def convert(
     imatrix: str | os.PathLike[str] | None = None,
     ternary: str = "ggml",
     measure: bool = False,
+    device: str = "auto",
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     started: Callable[[Report], None] | None = None,
@@ -66,8 +69,10 @@ def convert(
     columns that matter more count more. Some file types need one. `ternary` is how weights that are not ternary become
     so: as `ggml` does it, with the tensor's mean magnitude as scale (`absmean`, BitNet b1.58), or the best scale of
     each block (`search`); weights that are ternary already stay what they are. With `measure` what is encoded is
-    decoded again, and the report holds each tensor's error (relative RMSE, largest difference). `progress` is called
-    with (bytes of the source done, bytes in all), `started` with the report before the first byte.
+    decoded again, and the report holds each tensor's error (relative RMSE, largest difference). `device` is where
+    weights are quantized, with the same bytes: `cuda` for the types that a GPU has kernels for, or `cpu`, which `auto`
+    is. `progress` is called with (bytes of the source done, bytes in all), `started` with the report before the first
+    byte.
 
     All that can be checked is checked before the first byte is written; NaN and infinities are found on the way and
     raise FormatError naming the tensor. An exception leaves nothing behind. Memory stays bounded whatever the size.
@@ -84,6 +89,7 @@ def convert(
         pure,
     )
     matrix = None if imatrix is None else importance.read(imatrix)
+    encoder = None if plan else _encoder(device)
     job = read_source(source, pre_tokenizer)
     try:
         job.inputs.sort(key=lambda each: order(each.name))
@@ -108,7 +114,7 @@ def convert(
         gguf.check_target(target, planned.nbytes, overwrite)
         if started is not None:
             started(report)
-        errors = _write(made.tensors, planned, target, overwrite, threads, progress, matrix, ternary, measure)
+        errors = _write(made.tensors, planned, target, overwrite, threads, progress, matrix, ternary, measure, encoder)
         return report.with_errors(errors) if measure else report
     finally:
         job.close()
@@ -116,7 +122,7 @@ def convert(
 
 def _write(tensors: list[Output], planned: gguf.Plan, target: Path, overwrite: bool, threads: int | None,
            progress: Callable[[int, int], None] | None, matrix: importance.Imatrix | None,
-           ternary: str, measure: bool) -> list[Summed]:  # fmt: skip
+           ternary: str, measure: bool, encoder: Encode | None) -> list[Summed]:  # fmt: skip
     from ggufkit_kernels.cpu.team import default_threads
 
     from . import pipeline
@@ -124,7 +130,27 @@ def _write(tensors: list[Output], planned: gguf.Plan, target: Path, overwrite: b
     with gguf.Writer(target, planned, overwrite) as writer:
         known = None if matrix is None else matrix.importance
         workers = threads or default_threads()
-        return pipeline.write(tensors, planned.tensors, writer, workers, progress, known, ternary, measure)
+        return pipeline.write(tensors, planned.tensors, writer, workers, progress, known, ternary, measure, encoder)
+
+
+def _encoder(device: str) -> Encode | None:
+    """What quantizes on that device; None: the CPU's. Raises DeviceError where there is none."""
+    if device in ("auto", "cpu"):
+        return None
+    if device != "cuda":
+        raise UsageError(f"unknown device {device!r} (auto, cpu, cuda)")
+    from ggufkit_kernels.cuda import cupy_device, encode
+
+    from . import pipeline
+
+    on_device = encode.CudaEncoder(cupy_device.CupyDevice())
+
+    def encoder(kind: TensorType, x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
+        if encode.encodes(kind, importance):
+            return on_device.encode(kind, x)
+        return pipeline.encode(kind, x, importance)
+
+    return encoder
 
 
 # -- what to convert -------------------------------------------------------------------------------

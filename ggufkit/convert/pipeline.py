@@ -37,6 +37,7 @@ Progress = Callable[[int, int], None]  # bytes of the source done, bytes in all
 Made = Callable[[], np.ndarray]
 Step = Callable[[Summed | None], np.ndarray]  # adds, where asked to, what it encoded beside what that was made from
 Importance = Callable[[str, tuple[int, ...]], np.ndarray | None]  # name, shape -> (matrices, cols), if there is any
+Encode = Callable[..., np.ndarray]  # as `encode` below
 
 
 def write(
@@ -48,11 +49,12 @@ def write(
     importance: Importance | None = None,
     method: str = "ggml",
     measure: bool = False,
+    encoder: Encode | None = None,
 ) -> list[Summed]:
     """Write all tensors, in the plan's order. Raises FormatError naming a tensor whose values cannot be written.
 
     `method` is one of ternary.METHODS, for ternary types. With `measure` what was encoded is decoded again, slab by
-    slab, and its errors are returned, for each output; without, they are empty.
+    slab, and its errors are returned, for each output; without, they are empty. `encoder` takes the place of `encode`.
     """
     total = sum(_nbytes(each.input) for each in outputs)
     done = 0
@@ -61,7 +63,7 @@ def write(
     errors = [Summed() for _ in outputs]
 
     def steps() -> Iterator[tuple[tuple[int, Planned, Summed | None], int, Made]]:
-        for k, plan, nbytes, step in _steps(outputs, planned, weights, importance, method, measure):
+        for k, plan, nbytes, step in _steps(outputs, planned, weights, importance, method, measure, encoder or encode):
             error = Summed() if measure else None
             yield (k, plan, error), nbytes, partial(step, error)
 
@@ -109,6 +111,7 @@ def _steps(
     importance: Importance | None,
     method: str,
     measure: bool,
+    encoder: Encode,
 ) -> Iterator[tuple[int, Planned, int, Step]]:
     """(output, tensor, bytes of the source, what makes its next bytes), in order."""
     plans = iter(planned)
@@ -121,12 +124,12 @@ def _steps(
         columns = None
         if importance is not None and len(each.input.shape) > 1 and parts[0].type.uses_importance:
             columns = importance(each.input.name, each.input.shape)
-        for nbytes, step in _of(each.input, parts[0].type, weights, columns, method):
+        for nbytes, step in _of(each.input, parts[0].type, weights, columns, method, encoder):
             yield k, parts[0], nbytes, _named(each.input, step)
 
 
 def _of(
-    each: Input, kind: TensorType, weights: int, importance: np.ndarray | None, method: str
+    each: Input, kind: TensorType, weights: int, importance: np.ndarray | None, method: str, encoder: Encode
 ) -> Iterator[tuple[int, Step]]:
     tensor = each.tensor
     if tensor is None:
@@ -140,7 +143,7 @@ def _of(
         if each.scale:
             how = lambda x: encode(kind, np.sign(x))  # noqa: E731
         else:
-            how = ternary.encoder(method, kind, lambda: chunks(tensor, weights)) or partial(encode, kind)
+            how = ternary.encoder(method, kind, lambda: chunks(tensor, weights)) or partial(encoder, kind)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             yield share(tensor, start, stop), _slab(each, kind, start, stop, how, importance)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from ggufkit_formats.errors import GgufkitError, UsageError
 
-from .evaluate import scored, windows
+from .evaluate import batch_of, scored, windows
 from .generate import Model
 
 
@@ -23,7 +23,7 @@ class Recorded:
 
     def __init__(self, model: Model, path: str | os.PathLike[str]):
         self.config, self.tokenizer, self.info, self.n_ctx = model.config, model.tokenizer, model.info, model.n_ctx
-        self.path = Path(path)
+        self.ops, self.path = model.ops, Path(path)
         self._model: Model | None = model
         self._rows: dict[bytes, tuple[int, int]] = {}  # all ids so far -> the rows of the last batch
         self._n = 0
@@ -37,7 +37,7 @@ class Recorded:
         chunks = windows(self, text, n_ctx, n_chunks)
         with self.path.open("wb") as self._file:
             for done, window in enumerate(chunks, 1):
-                for _ in scored(self, window):
+                for _ in scored(self, window, batch_of(self)):
                     pass
                 if progress is not None:
                     progress(done, len(chunks))

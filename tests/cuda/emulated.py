@@ -1,0 +1,352 @@
+"""A `Device` without a GPU: the kernels' own source, compiled as C++ with shim.h, one shared library a module.
+
+Memory is the host's, behind arrays that nothing but the device's methods (and tests, by `.host`) can look into. What
+a real device would take in silence is an error: a missing argument, one of another kind, an address that is not
+aligned as its type, arrays of another device. New memory is full of NaN patterns.
+
+Settings, as words in $GGUFKIT_EMULATED: `reversed` (threads, blocks and launches of one level in reversed order),
+`sanitize` (compiled with the address and undefined-behaviour sanitizers; the process needs libasan preloaded), and
+`ucontext` (fibers by the C library, as on processors other than x86-64).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import math
+import mmap
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ggufkit_formats.errors import DeviceError, DeviceMemoryError
+from ggufkit_kernels.cpu import store
+from ggufkit_kernels.cuda import loader
+from ggufkit_kernels.cuda.loader import Kernel, Module
+
+SHIM = Path(__file__).with_name("shim.h")
+WORDS = os.environ.get("GGUFKIT_EMULATED", "").split()
+SANITIZED = "sanitize" in WORDS
+COMPILER = shutil.which("g++")
+FLAGS = ["-std=c++17", "-g1", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fvisibility=hidden"]
+FLAGS += ["-fno-gnu-unique", "-fPIC", "-shared", "-Werror=uninitialized", "-Werror=return-type"]
+if SANITIZED:
+    FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    FLAGS += ["-fsanitize-sections=shared_memory"]
+if "ucontext" in WORDS:
+    FLAGS += ["-DSHIM_UCONTEXT"]
+THREADS, STACK_BYTES = 1024, (256 if SANITIZED else 64) * 1024
+UNUSED_SECONDS = 2 * 86400
+_BOUNDS = r'extern "C" __global__ void\s+__launch_bounds__\(([^,)]*)[^)]*\)\s+%s\s*\('
+
+ran: set[tuple[str, str]] = set()  # (file, kernel) that any device of this process launched
+
+
+# -- compiling ---------------------------------------------------------------------------------------------
+
+
+def generated(module: Module) -> str:
+    """The C++ text of a module: shim, kernels, an entry point for each kernel."""
+    entries = "".join(f"SHIM_KERNEL({name})\n" for name in loader.kernel_names(module.file))
+    text = loader.source(module).replace("#pragma once", "")
+    return f'#include "shim.h"\nnamespace {{\n{text}\n}}\n{entries}'
+
+
+@functools.lru_cache(maxsize=1)
+def folder() -> Path:
+    """Where libraries are kept; those that nobody used for two days are removed."""
+    path = store.cache_root() / "emulated"
+    path.mkdir(parents=True, exist_ok=True)
+    for file in path.iterdir():
+        with contextlib.suppress(OSError):
+            if file.stat().st_mtime < time.time() - UNUSED_SECONDS:
+                file.unlink()
+    return path
+
+
+def library_path(module: Module) -> Path:
+    """The module's library, compiled now if it is not there."""
+    assert COMPILER is not None, "there is no g++"
+    text = generated(module)
+    digest = hashlib.sha256("\0".join([text, SHIM.read_text(), *FLAGS, COMPILER]).encode()).hexdigest()[:20]
+    stem = f"{Path(module.file).stem}-{digest}"
+    library = folder() / f"{stem}.so"
+    if library.exists():
+        os.utime(library)
+        return library
+    with store.claim(f"emulated-{stem}"):
+        if not library.exists():
+            source = folder() / f"{stem}.cpp"  # stays: reports of the sanitizer name its lines
+            source.write_text(text, encoding="utf-8")
+            part = folder() / f"{stem}.{os.getpid()}.part"
+            command = [COMPILER, *FLAGS, f"-I{SHIM.parent}", str(source), "-o", str(part)]
+            env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # of the sanitizer
+            done = subprocess.run(command, capture_output=True, text=True, env=env)
+            if done.returncode:
+                raise DeviceError(f"g++ refuses {module.file} with {dict(module.defines)}:\n{done.stderr[:4000]}")
+            part.replace(library)
+    return library
+
+
+class Entry:
+    """A kernel's entry points in its library."""
+
+    def __init__(self, kernel: Kernel):
+        library = _library(kernel.module)
+        signature = getattr(library, f"signature_{kernel.name}")
+        signature.restype = ctypes.c_char_p
+        self.parameters: list[str] = signature().decode().split()
+        self.launch = getattr(library, f"launch_{kernel.name}")
+        self.launch.restype = ctypes.c_char_p
+        self.launch.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+        self.launch.argtypes += [ctypes.c_int]
+        self.most = _most_threads(kernel)
+
+
+def _most_threads(kernel: Kernel) -> int:
+    """What the kernel's __launch_bounds__ says; products of numbers and macros, those of the source too."""
+    source = loader.source(kernel.module)
+    bounds = re.search(_BOUNDS % kernel.name, source)
+    if bounds is None:
+        return THREADS
+    macros = dict(re.findall(r"^#define (\w+) (.+?)\s*(?://.*)?$", source, re.MULTILINE))
+
+    def value(text: str) -> int:
+        factors = (factor.strip() for factor in text.strip("() ").split("*"))
+        return math.prod(value(macros[factor]) if factor in macros else int(factor) for factor in factors)
+
+    return value(bounds[1])
+
+
+@functools.cache
+def _library(module: Module) -> ctypes.CDLL:
+    return ctypes.CDLL(str(library_path(module)))
+
+
+@functools.cache
+def _entry(kernel: Kernel) -> Entry:
+    if kernel.name not in loader.kernel_names(kernel.module.file):
+        raise DeviceError(f"{kernel.module.file} has no kernel {kernel.name}")
+    return Entry(kernel)
+
+
+@functools.lru_cache(maxsize=1)
+def _stacks() -> tuple[mmap.mmap, int]:
+    """Stacks for the threads of a block, shared by all libraries, and their address."""
+    memory = mmap.mmap(-1, THREADS * STACK_BYTES)
+    return memory, ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+# -- memory ------------------------------------------------------------------------------------------------
+
+_libc = ctypes.CDLL(None)
+
+
+class _Block:
+    """Memory of the C library, aligned as CUDA's is, and no byte more than asked for: the sanitizer guards its ends."""
+
+    def __init__(self, device: EmulatedDevice, nbytes: int):
+        self.device, self.nbytes, self.address = device, nbytes, ctypes.c_void_p()
+        if device.used + nbytes > device.total:
+            raise DeviceMemoryError(f"{nbytes} bytes do not fit: {device.total - device.used} of {device.total} free")
+        if _libc.posix_memalign(ctypes.byref(self.address), ctypes.c_size_t(256), ctypes.c_size_t(max(nbytes, 1))):
+            raise MemoryError(nbytes)
+        device.used += nbytes
+        self.__array_interface__ = {
+            "data": (self.address.value, False),
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "version": 3,
+        }
+
+    def __del__(self):
+        if self.address.value:
+            self.device.used -= self.nbytes
+            _libc.free(self.address)
+
+
+class EmulatedArray:
+    """An array in the memory of a device. `host` is the same memory for tests."""
+
+    def __init__(self, device: EmulatedDevice, host: np.ndarray):
+        self.device, self.host = device, host
+        self.shape, self.dtype, self.strides = host.shape, host.dtype, host.strides
+        self.nbytes, self.size, self.ndim, self.itemsize = host.nbytes, host.size, host.ndim, host.itemsize
+
+    def __len__(self) -> int:
+        return len(self.host)
+
+    def __getitem__(self, index: Any) -> EmulatedArray:
+        part = self.host[index]
+        if not isinstance(part, np.ndarray) or part.base is None:
+            part = self.host[(*index, ...) if isinstance(index, tuple) else (index, ...)]
+        assert part.size == 0 or np.may_share_memory(part, self.host), "only slices and numbers index a device's array"
+        return EmulatedArray(self.device, part)
+
+    def reshape(self, *shape: Any) -> EmulatedArray:
+        part = self.host.reshape(*shape)
+        assert part.size == 0 or np.may_share_memory(part, self.host), "this reshape would copy"
+        return EmulatedArray(self.device, part)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        raise TypeError("a device's array does not become NumPy's by itself: use download")
+
+    def __iter__(self):
+        raise TypeError("a device's array cannot be walked through")
+
+    def __repr__(self) -> str:
+        return f"EmulatedArray{self.shape} {self.dtype}"
+
+
+# -- the device --------------------------------------------------------------------------------------------
+
+
+class EmulatedGraph:
+    def __init__(self, device: EmulatedDevice, levels: Sequence[Sequence[tuple]]):
+        self.device = device
+        self.levels = [[device.bind(*launch) for launch in level] for level in levels]
+
+    def launch(self) -> None:
+        """Run all of it again: the launches of one level backwards where the order is reversed."""
+        for level in self.levels:
+            for bound in reversed(level) if self.device.reversed else level:
+                self.device.run(bound)
+
+
+class EmulatedDevice:
+    """A `Device` on the CPU, with `total` bytes of memory."""
+
+    def __init__(self, arch: int = 90, n_sm: int = 4, total: int = 1 << 33, reverse: bool | None = None):
+        self.name, self.arch, self.n_sm = "emulated", arch, n_sm
+        self.total, self.used, self.launches = total, 0, 0
+        self.reversed = "reversed" in WORDS if reverse is None else reverse
+
+    def compile(self, modules: Iterable[Module], progress: Callable[[int, int], None] | None = None) -> None:
+        wanted = list(dict.fromkeys(modules))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for k, _ in enumerate(pool.map(library_path, wanted)):
+                if progress is not None:
+                    progress(k + 1, len(wanted))
+
+    def _new(self, shape: Sequence[int], dtype: Any) -> np.ndarray:
+        dtype = np.dtype(dtype)
+        block = _Block(self, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
+        return np.asarray(block).view(dtype).reshape(shape)
+
+    def empty(self, shape: Sequence[int], dtype: Any) -> EmulatedArray:
+        host = self._new(shape, dtype)
+        raw = host.reshape(-1).view(np.uint8)
+        raw[0::2], raw[1::2] = 0xD5, 0x7F  # 0x7fd5 is NaN as a half, 0x7fd57fd5 as float32
+        return EmulatedArray(self, host)
+
+    def zeros(self, shape: Sequence[int], dtype: Any) -> EmulatedArray:
+        host = self._new(shape, dtype)
+        host.fill(0)
+        return EmulatedArray(self, host)
+
+    def upload(self, array: np.ndarray) -> EmulatedArray:
+        host = self._new(array.shape, array.dtype)
+        host[...] = array
+        return EmulatedArray(self, host)
+
+    def write(self, to: EmulatedArray, array: np.ndarray) -> None:
+        assert isinstance(array, np.ndarray), type(array)
+        assert (to.shape, to.dtype) == (array.shape, array.dtype), (to, array.shape, array.dtype)
+        assert to.host.flags.c_contiguous
+        to.host[...] = array
+
+    def copy(self, to: EmulatedArray, source: EmulatedArray) -> None:
+        assert (to.shape, to.dtype) == (source.shape, source.dtype), (to, source)
+        assert to.host.flags.c_contiguous and source.host.flags.c_contiguous
+        to.host[...] = source.host
+
+    def download(self, array: EmulatedArray) -> np.ndarray:
+        assert array.device is self
+        return array.host.copy()
+
+    def launch(self, kernel: Kernel, grid: tuple[int, ...], block: int, *args: Any) -> None:
+        self.run(self.bind(kernel, grid, block, *args))
+
+    def bind(self, kernel: Kernel, grid: tuple[int, ...], block: int, *args: Any) -> tuple:
+        """A launch, checked and made ready for `run`."""
+        entry = _entry(kernel)
+        if not 1 <= len(grid) <= 3 or min(grid) < 1 or max(grid[1:], default=1) > 65535 or grid[0] > 2**31 - 1:
+            raise ValueError(f"{kernel.name}: a grid of {grid}")
+        if block % 32 or not 0 < block <= entry.most:
+            raise ValueError(f"{kernel.name}: {block} threads a block, of at most {entry.most}")
+        if len(args) != len(entry.parameters):
+            raise TypeError(
+                f"{kernel.name} takes {len(entry.parameters)} arguments ({entry.parameters}), not {len(args)}"
+            )
+        words = [
+            self._word(f"{kernel.name}, argument {k}", kind, arg)
+            for k, (kind, arg) in enumerate(zip(entry.parameters, args, strict=True))
+        ]
+        pointers = (ctypes.c_void_p * max(len(words), 1))(*[ctypes.addressof(word) for word in words])
+        dims = (ctypes.c_int * 3)(*grid, *[1] * (3 - len(grid)))
+        return kernel, entry, dims, block, pointers, words, args
+
+    def _word(self, where: str, kind: str, arg: Any) -> Any:
+        if kind == "f":
+            if not isinstance(arg, (float, np.float32, np.float64)):
+                raise TypeError(f"{where}: a float is wanted, not {arg!r}")
+            return ctypes.c_float(arg)
+        if kind == "i":
+            if not isinstance(arg, (int, np.integer)) or not -(2**31) <= arg < 2**31:
+                raise TypeError(f"{where}: an int of 32 bits is wanted, not {arg!r}")
+            return ctypes.c_int(int(arg))
+        if arg is None:
+            return ctypes.c_void_p(None)
+        if not isinstance(arg, EmulatedArray) or arg.device is not self:
+            raise TypeError(f"{where}: an array of this device is wanted, not {arg!r}")
+        is_float, itemsize = kind[1] == "f", int(kind[2:])
+        # bytes may be read as anything; else numbers must be what the kernel takes them for
+        numbers = arg.dtype != np.uint8 and kind[1] != "b" and itemsize > 1
+        if numbers and (arg.itemsize != itemsize or (arg.dtype == np.float32) != is_float):
+            raise TypeError(f"{where}: {arg!r} is passed for {kind[1:]} (its kind and bytes)")
+        address = arg.host.__array_interface__["data"][0]
+        if address % itemsize:
+            raise ValueError(f"{where}: the address is not a multiple of {itemsize}")
+        return ctypes.c_void_p(address)
+
+    def run(self, bound: tuple) -> None:
+        """Run a launch that `bind` made."""
+        kernel, entry, dims, block, pointers, _words, _args = bound
+        ran.add((kernel.module.file, kernel.name))
+        self.launches += 1
+        fault = entry.launch(dims, block, pointers, _stacks()[1], STACK_BYTES, self.reversed)
+        if fault:
+            raise DeviceError(f"{kernel.module.file}, {kernel.name}: {fault.decode()}")
+
+    def gemm(
+        self, x: EmulatedArray, w: EmulatedArray, out: EmulatedArray, beta: float = 0.0, transposed: bool = True
+    ) -> None:
+        for array, dtype in ((x, np.float16), (w, np.float16), (out, np.float32)):
+            assert array.device is self and array.dtype == dtype, array
+            assert array.strides[-1] == array.itemsize and array.ndim == x.ndim, array
+        right = w.host.astype(np.float32)
+        if transposed:
+            right = np.swapaxes(right, -1, -2)
+        assert out.shape == (*x.shape[:-1], right.shape[-1]) and x.shape[-1] == right.shape[-2], (x, w, out)
+        assert x.ndim == 2 or (x.ndim == 3 and len(x) == len(w)), (x, w)
+        with np.errstate(all="ignore"):
+            product = x.host.astype(np.float32) @ right
+            out.host[...] = product if beta == 0.0 else product + np.float32(beta) * out.host
+
+    def capture(self, levels: Sequence[Sequence[tuple]]) -> EmulatedGraph:
+        return EmulatedGraph(self, levels)
+
+    def synchronize(self) -> None:
+        pass
+
+    def memory(self) -> tuple[int, int]:
+        return self.total - self.used, self.total

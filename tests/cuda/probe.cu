@@ -1,0 +1,116 @@
+// Kernels that test_shim.py asks what the shim does; right ones and wrong ones.
+#include "common.cuh"
+
+extern "C" __global__ void halves(const u16* h, float* f, u16* back, int n) {
+    const int k = blockIdx.x * blockDim.x + threadIdx.x;
+    if (k >= n) return;
+    f[k] = half_to_float(h[k]);
+    back[k] = float_to_half(f[k]);
+}
+
+extern "C" __global__ void to_half(const float* f, u16* h, int n) {
+    const int k = blockIdx.x * blockDim.x + threadIdx.x;
+    if (k < n) h[k] = float_to_half(f[k]);
+}
+
+extern "C" __global__ void __launch_bounds__(256) sums(const float* x, float* out) {
+    const float total = block_sum(x[blockIdx.x * blockDim.x + threadIdx.x]);
+    out[blockIdx.x * blockDim.x + threadIdx.x] = total;
+}
+
+// Each thread writes its number; all read their neighbour's. `wait`: with the barrier in between.
+extern "C" __global__ void neighbours(int* out, int wait) {
+    __shared__ int numbers[1024];
+    numbers[threadIdx.x] = threadIdx.x;
+    if (wait) __syncthreads();
+    out[threadIdx.x] = numbers[(threadIdx.x + blockDim.x + (wait == 2 ? -1 : 1)) % blockDim.x];
+}
+
+extern "C" __global__ void unwritten(float* out) {
+    __shared__ float numbers[64];
+    out[threadIdx.x] = numbers[threadIdx.x];
+    numbers[threadIdx.x] = 0.0f;
+}
+
+extern "C" __global__ void beyond_shared(int* out, int k) {
+    __shared__ int numbers[40];
+    numbers[threadIdx.x] = 1;
+    out[threadIdx.x] = numbers[k];
+}
+
+extern "C" __global__ void beyond_global(int* x, int k) { x[k + threadIdx.x] = 1; }
+
+extern "C" __global__ void lonely_barrier(int kind, int one) {
+    if (kind == 0 && (int)threadIdx.x == one) return;  // one has ended
+    if (kind == 1 && (int)threadIdx.x == one)
+        __syncthreads();  // another line than the rest's
+    else
+        __syncthreads();
+    if (kind == 2 && (int)threadIdx.x != one) __shfl_xor_sync(FULL_WARP, 1, 1);
+    if (kind == 3) __shfl_sync(1u << one % 32, 1, one);
+    if (kind == 4 && (int)threadIdx.x == one) __trap();
+}
+
+extern "C" __global__ void deep(int* out, int k) {
+    volatile int numbers[100000];
+    numbers[0] = k;
+    numbers[k] = 7;
+    out[threadIdx.x] = numbers[0];
+}
+
+// Ten results of warp instructions a lane.
+extern "C" __global__ void warp(const int* x, int* out) {
+    const int v = x[threadIdx.x];
+    int* at = out + 10 * threadIdx.x;
+    at[0] = __shfl_sync(FULL_WARP, v, v);
+    at[1] = __shfl_xor_sync(FULL_WARP, v, 5);
+    at[2] = __shfl_up_sync(FULL_WARP, v, 3);
+    at[3] = __shfl_down_sync(FULL_WARP, v, 3);
+    at[4] = __shfl_down_sync(FULL_WARP, v, 3, 8);
+    at[5] = __ballot_sync(FULL_WARP, v & 1);
+    at[6] = __any_sync(FULL_WARP, v == 77);
+    at[7] = __all_sync(FULL_WARP, v >= 0);
+    at[8] = __syncthreads_count(v & 1);
+    __syncwarp();
+    const u32 half = threadIdx.x % 32 < 16 ? 0xffffu : 0xffff0000u;
+    at[9] = __shfl_xor_sync(half, v, 1);
+}
+
+extern "C" __global__ void integers(const u32* a, const u32* b, const u32* c, u32* out, int n) {
+    const int k = blockIdx.x * blockDim.x + threadIdx.x;
+    if (k >= n) return;
+    out[k] = __byte_perm(a[k], b[k], c[k]);
+    out[n + k] = (u32)__dp4a((int)a[k], (int)b[k], (int)c[k]);
+    out[2 * n + k] = __vsub4(a[k], b[k]);
+    out[3 * n + k] = __vadd4(a[k], b[k]);
+    out[4 * n + k] = __funnelshift_r(a[k], b[k], c[k]);
+    out[5 * n + k] = __funnelshift_l(a[k], b[k], c[k]);
+    out[6 * n + k] = __brev(a[k]);
+    out[7 * n + k] = __clz((int)a[k]);
+    out[8 * n + k] = __popc(a[k]);
+    out[9 * n + k] = __umulhi(a[k], b[k]);
+}
+
+extern "C" __global__ void to_int(const float* x, int* rn, int* rz, int n) {
+    const int k = blockIdx.x * blockDim.x + threadIdx.x;
+    if (k >= n) return;
+    rn[k] = __float2int_rn(x[k]);
+    rz[k] = __float2int_rz(x[k]);
+}
+
+extern "C" __global__ void tickets(u32* ticket, int* order, u64* best, float* total) {
+    __shared__ u32 mine;
+    if (threadIdx.x == 0) {
+        mine = atomicInc(ticket, gridDim.x - 1);
+        order[mine] = blockIdx.x;
+    }
+    __syncthreads();
+    atomicMax(best, (u64)(blockIdx.x * 1000 + threadIdx.x));
+    atomicAdd(total, 1.0f);
+    __threadfence();
+}
+
+extern "C" __global__ void arguments(const float* x, const uint4* y, const u16* z, int i, float f, void* any, float* out) {
+    out[0] = x[0] + (float)y[0].w + half_to_float(z[0]) + (float)i + f;
+    out[1] = any == nullptr;
+}

@@ -1,0 +1,295 @@
+"""CupyDevice without a GPU: what it says when something is missing or fails, how it hands on arguments, in which order
+graphs are recorded, what it asks of cuBLAS. (That CuPy and CUDA then do it is for the tests with a device.)"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from fake_cupy import CUDARuntimeError, Fake
+from ggufkit_formats.errors import DeviceError, DeviceMemoryError
+from ggufkit_kernels.cuda import cupy_device, loader
+from ggufkit_kernels.cuda.cupy_device import CupyDevice
+
+KERNELS = loader.module("elementwise.cu")
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """A fake CuPy in the place of the real one."""
+    monkeypatch.setenv("GGUFKIT_CACHE_DIR", str(tmp_path))
+    made = Fake()
+    for name, module in made.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(cupy_device, "installed", lambda: True)
+    return made
+
+
+def one_line(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+# -- what is missing ---------------------------------------------------------------------------------------
+
+
+def test_without_cupy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(DeviceError) as error:
+        CupyDevice()
+    assert one_line(error) == "--device cuda needs CuPy: pip install 'ggufkit[cuda13]' (or [cuda12])"
+    assert not cupy_device.available()
+
+
+def test_cupy_that_does_not_import(monkeypatch, tmp_path):
+    (tmp_path / "cupy.py").write_text("raise ImportError('libsomething.so.1: cannot open shared object file\\nmore')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    with pytest.raises(DeviceError) as error:
+        CupyDevice()
+    assert one_line(error) == "CuPy cannot be imported: libsomething.so.1: cannot open shared object file"
+    assert not cupy_device.available()
+
+
+def test_no_device(fake):
+    fake.devices = 0
+    with pytest.raises(DeviceError, match=r"^there is no CUDA device$"):
+        CupyDevice()
+    assert not cupy_device.available()
+
+
+def test_no_driver(fake):
+    fake.count_error = CUDARuntimeError(35, "cudaErrorInsufficientDriver: CUDA driver version is insufficient\nmore")
+    with pytest.raises(DeviceError) as error:
+        CupyDevice()
+    said = "there is no CUDA device: cudaErrorInsufficientDriver: CUDA driver version is insufficient"
+    assert one_line(error) == said
+    assert not cupy_device.available()
+
+
+@pytest.mark.parametrize("arch", ["52", "72"])
+def test_too_old(fake, arch):
+    fake.arch = arch
+    with pytest.raises(DeviceError) as error:
+        CupyDevice()
+    said = f"Fake GPU has compute capability {arch[0]}.{arch[1]}; ggufkit needs 7.5 (Turing) or newer"
+    assert one_line(error) == said
+    assert not cupy_device.available()
+
+
+def test_no_nvrtc(fake, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs.nvrtc", None)
+    with pytest.raises(DeviceError, match=r"a library of the CUDA toolkit is missing, pip install 'ggufkit\[cuda13\]'"):
+        CupyDevice()
+
+
+def test_a_device(fake):
+    device = CupyDevice()
+    assert (device.name, device.arch, device.n_sm) == ("Fake GPU", 90, 7)
+    assert device.memory() == ((1 << 20) + 100, 4 << 20)
+    assert cupy_device.available()
+
+
+def test_looking_for_cupy_imports_nothing():
+    code = "import sys; from ggufkit_kernels.cuda import cupy_device as d; d.installed(); print('cupy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+# -- memory ------------------------------------------------------------------------------------------------
+
+
+def test_out_of_memory(fake):
+    device = CupyDevice()
+    fake.most = 1000
+    with pytest.raises(DeviceMemoryError) as error:
+        device.empty((3 << 20,), np.float16)
+    assert one_line(error) == "the GPU's memory is full: 6 MiB were asked for, 1 of 4 MiB are free"
+    assert device.pool.freed == 1  # it tried twice
+    fake.room_when_freed = True
+    assert device.empty((1000,), np.float32).shape == (1000,)
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "kind"),
+    [
+        (2, "cudaErrorMemoryAllocation: out of memory", DeviceMemoryError),
+        (3, "CUBLAS_STATUS_ALLOC_FAILED", DeviceMemoryError),
+        (700, "cudaErrorIllegalAddress: an illegal memory access was encountered", DeviceError),
+        (719, "cudaErrorLaunchFailure: unspecified launch failure", DeviceError),
+    ],
+)
+def test_failures_are_one_line(fake, status, text, kind):
+    device = CupyDevice()
+    graph = device.capture([[(KERNELS.kernel("add"), (1,), 32)]])
+    error = fake.broken = fake.launch_error = CUDARuntimeError(status, text + "\nmore")
+    array = device.empty((2,), np.float32)
+    launch = (KERNELS.kernel("add"), (1,), 32)
+    for fails in (
+        device.synchronize, graph.launch, lambda: device.download(array), lambda: device.launch(*launch),
+        lambda: device.capture([[launch]]),
+    ):  # fmt: skip
+        with pytest.raises(DeviceError) as raised:
+            fails()
+        assert type(raised.value) is kind and raised.value.__cause__ is None
+        start = "the GPU's memory is full: " if kind is DeviceMemoryError else "the GPU failed: "
+        assert one_line(raised) == start + text
+    assert error is fake.broken
+    assert not device.stream.capturing  # a capture that failed was ended
+
+
+def test_copies(fake):
+    device = CupyDevice()
+    big = np.arange(5000, dtype=np.float32)
+    array = device.upload(big)
+    assert np.array_equal(device.download(array), big)
+    other = device.zeros(big.shape, np.float32)
+    device.copy(other, array)
+    assert np.array_equal(device.download(other), big)
+    assert not device.download(device.zeros((3, 4), np.int32)).any()
+    assert device.download(device.empty((0, 4), np.int32)).shape == (0, 4)
+    device.write(array, np.flip(big))  # not contiguous on the host
+    assert np.array_equal(device.download(array), big[::-1])
+    with pytest.raises(ValueError):
+        device.write(array, big[1:])
+    with pytest.raises(ValueError):
+        device.write(array, big.astype(np.float64))
+    with pytest.raises(ValueError):
+        device.copy(array, device.zeros((4,), np.float32))
+
+
+def test_small_writes_wait_only_when_they_must(fake):
+    """They go through pinned memory, which is not used again before the copies out of it are done."""
+    device = CupyDevice()
+    arrays = [device.empty((16,), np.int32) for _ in range(3000)]
+    fake.waits = 0
+    for k, array in enumerate(arrays):
+        device.write(array, np.full(16, k, np.int32))
+    assert fake.waits == 3000 * 64 // cupy_device.STAGE_BYTES
+    device.synchronize()
+    assert [int(array.host[0]) for array in arrays] == list(range(3000))
+    device.write(arrays[0], np.zeros(16, np.int32))
+    assert device.staged == 64
+
+
+# -- launches ----------------------------------------------------------------------------------------------
+
+
+def test_arguments(fake):
+    device = CupyDevice(tell=lambda line: None)
+    x = device.zeros((3,), np.float32)
+    device.launch(KERNELS.kernel("add"), (3, 2), 64, x, None, -5, np.int64(7), 0.1, np.float32(2), True)
+    ((name, grid, block, args),) = fake.launches
+    assert (name, grid, block) == ("add", (3, 2), (64,))
+    kinds = [np.uint64, np.uint64, np.int32, np.int32, np.float32, np.float32, np.int32]
+    assert [type(a) for a in args] == kinds
+    assert list(args) == [x.data.ptr, 0, -5, 7, np.float32(0.1), 2, 1]
+    for wide in (1 << 31, np.int64(1 << 40), -(1 << 31) - 1):
+        with pytest.raises(OverflowError):
+            device.launch(KERNELS.kernel("add"), (1,), 32, wide)
+
+
+def test_compiles_once_and_says_so(fake, capsys):
+    device = CupyDevice()
+    seen = []
+    other = loader.module("sample.cu")
+    device.compile([KERNELS, other, KERNELS], lambda done, of: seen.append((done, of)))
+    assert sorted(seen) == [(1, 2), (2, 2)]
+    said = "ggufkit: compiling CUDA kernels for Fake GPU (sm_90), which later runs will find compiled\n"
+    assert capsys.readouterr().err == said
+    assert len(fake.nvrtc.compiled) == 2
+    for source, options in fake.nvrtc.compiled:
+        assert source in (loader.source(KERNELS), loader.source(other))
+        assert options == ("-std=c++17", "-ftz=false", "-fmad=true", "-arch=sm_90")
+    device.launch(KERNELS.kernel("add"), (1,), 32)
+    CupyDevice().launch(KERNELS.kernel("add"), (1,), 32)  # from the cache folder
+    assert len(fake.nvrtc.compiled) == 2 and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("widths", [[1], [1, 3, 1, 2], [12], [2, 2, 9, 1, 4]])
+def test_levels_of_a_graph(fake, widths):
+    """Each launch comes after all of the level before, and not after those of its own level (as far as there are
+    streams)."""
+    device = CupyDevice(tell=lambda line: None)
+    names = iter(range(100))
+    levels = [[(KERNELS.kernel(str(next(names))), (1,), 32) for _ in range(width)] for width in widths]
+    graph = device.capture(levels)
+    order = [[(int(kernel.name), kernel.name) for kernel, *_ in level] for level in levels]
+    before: set = set()
+    for level in order:
+        for k, launch in enumerate(level):
+            assert fake.after[launch] >= before
+            beside = fake.after[launch] & set(level)
+            assert len(beside) == k // (cupy_device.SIDE_STREAMS + 1)
+        before |= set(level)
+    assert graph.graph.joined == before
+    graph.launch()
+    graph.launch()
+    assert graph.graph.launches == 2
+    assert len(device.sides) == min(cupy_device.SIDE_STREAMS, max(widths) - 1)
+
+
+# -- cuBLAS ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("lead", [(), (3,)])
+@pytest.mark.parametrize("cut", [0, 8])
+def test_gemm_in_columns(fake, lead, transposed, beta, cut):
+    """Against the definition of cuBLAS's call, also where rows are parts of wider ones."""
+    device = CupyDevice()
+    rng = np.random.default_rng(5)
+    m, n, k = 5, 6, 16
+    x, w = rng.standard_normal((*lead, m, k)), rng.standard_normal((*lead, n, k))
+    if not transposed:
+        w = np.swapaxes(w, -1, -2)
+
+    def part(values, dtype):
+        """An array whose rows lie `cut` numbers further apart."""
+        wide = device.upload(np.zeros((*values.shape[:-1], values.shape[-1] + cut), dtype))
+        wide.host = wide.host[..., : values.shape[-1]]
+        wide.host[...] = values
+        wide.shape, wide.strides = wide.host.shape, wide.host.strides
+        return wide
+
+    x, w, out = part(x, np.float16), part(w, np.float16), part(np.ones((*lead, m, n)), np.float32)
+    right = np.swapaxes(w.host, -1, -2) if transposed else w.host
+    wanted = x.host.astype(np.float64) @ right.astype(np.float64) + beta
+    device.gemm(x, w, out, beta, transposed)
+    assert np.allclose(out.host, wanted, atol=1e-5)
+    with pytest.raises(ValueError):
+        device.gemm(x, w, out, beta, not transposed)
+
+
+# -- the real CuPy, where it is installed ------------------------------------------------------------------
+
+
+def test_the_real_cupy_has_these_names():
+    """Names and parameters that the fake takes for granted."""
+    cupy = pytest.importorskip("cupy", reason="there is no CuPy to compare the fake with")
+    cuda = cupy.cuda
+    for owner, names in {
+        cuda.runtime: "getDeviceCount getDeviceProperties memGetInfo",
+        cuda.Stream: "begin_capture end_capture synchronize wait_event __enter__",
+        cuda.MemoryPool: "malloc free_all_blocks free_bytes",
+        cuda.MemoryPointer: "copy_from_host_async copy_to_host_async copy_from_device_async memset_async",
+        cuda.function.Module: "load get_function",
+        cuda.device: "get_cublas_handle",
+        cuda.Graph: "launch upload",
+        cuda: "Event alloc_pinned_memory Device",
+        importlib.import_module("cupy_backends.cuda.libs.nvrtc"):
+            "getVersion getSupportedArchs createProgram compileProgram getCUBIN getPTX getProgramLog destroyProgram",
+    }.items():  # fmt: skip
+        for name in names.split():
+            assert hasattr(owner, name), (owner, name)
+    assert "memptr" in cupy.ndarray.__doc__ and "non_blocking" in cuda.Stream.__doc__
+    assert list(inspect.signature(cuda.Event.__init__).parameters)[2] == "disable_timing"
+    with pytest.raises(DeviceError, match=r"^there is no CUDA device: cudaError"):
+        CupyDevice()
+        pytest.skip("there is a device")
