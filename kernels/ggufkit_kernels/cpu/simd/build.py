@@ -47,13 +47,12 @@ class _OrderedLoad(ir.instructions.LoadInstr):
 
     def descr(self, buf: list[str]) -> None:
         (pointer,) = self.operands
-        buf.append(f"load volatile {self.type}, {pointer.type} {pointer.get_reference()}, align {self.align}\n")
+        buf.append(f"load volatile {self.type}, {pointer.type} {pointer.get_reference()}, align 1\n")
 
 
 def load_ordered(builder: Any, at: Any, ty: Any) -> Any:
     """As `load`, in the order of the source: what prefetches in the processor follows rising addresses only."""
     instruction = _OrderedLoad(builder.block, builder.inttoptr(at, ty.as_pointer()))
-    instruction.align = 1
     builder._insert(instruction)
     return instruction
 
