@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -181,9 +182,17 @@ def test_a_vocabulary_does_not_run(vocabulary):
     assert done.status == 1 and done.error
 
 
-def test_no_cuda_yet(tiny):
+@pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is here")
+def test_no_cupy(tiny):
+    """--device cuda is one line that says what to install; auto takes the CPU, and layers asked for are a note."""
     done = ggufkit("run", "hi", "-m", tiny, "--device", "cuda")
-    assert done.status == 1 and "CUDA" in done.error
+    assert done.status == 1 and "ggufkit[cuda13]" in done.error and done.out == ""
+    for device in ("auto", "cpu"):
+        done = ggufkit("run", "hi", "-m", tiny, "--device", device, "-ngl", "99", "-n", "1", "--raw")
+        assert done.status == 0 and "the CPU runs all layers" in done.err
+    done = ggufkit("run", "hi", "-m", tiny, "--device", "cuda", "-ngl", "0", "-n", "1", "--raw")
+    assert done.status == 0
+    assert ggufkit("run", "hi", "-m", tiny, "-ngl", "some").status == 2
 
 
 @pytest.mark.parametrize(

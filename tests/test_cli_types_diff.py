@@ -40,7 +40,7 @@ def test_types_as_text():
     lines = done.out.splitlines()
     assert lines[0].split() == ["tensor", "type", "id", "block", "bits/weight", "read", "write", "CPU", "CUDA", "error"]
     (q4_k,) = [line.split() for line in lines if line.startswith("Q4_K ")]
-    assert q4_k[:8] == ["Q4_K", "12", "256", "4.5", "yes", "yes", "yes", "-"] and q4_k[-1] == "%"
+    assert q4_k[:8] == ["Q4_K", "12", "256", "4.5", "yes", "yes", "yes", "yes"] and q4_k[-1] == "%"
     assert max(map(len, lines)) < 120
 
 

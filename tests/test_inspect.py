@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import hostile
 import pytest
+from command_line import ggufkit
 from ggufkit_formats import gguf
 from hostile import ARRAY, BOOL, F32, FLOAT32, FLOAT64, INT32, STRING, UINT32, array, entry, info, string, u32
 from test_gguf_read import put, put_split, sample, shard
@@ -316,3 +317,28 @@ def test_no_heavy_imports(tmp_path):
 def test_help_names_the_options():
     shown = inspect("--help").stdout
     assert all(option in shown for option in ("FILE", "--json", "--key", "--no-tensors", "--full"))
+
+
+# -- what fits ---------------------------------------------------------------------------------------
+
+
+def test_fit(tmp_path):
+    """Bytes are those of the packed matrices; layers fit one by one, the ends last; no GPU is asked."""
+    import tiny_models
+    from ggufkit_kernels.cpu import pack
+
+    path = tiny_models.write(tmp_path / "m.gguf", "llama", "Q4_K", optional=False)
+    found = json.loads(ggufkit("inspect", path, "--fit", "-c", "64", "--memory", "1G", "--json").out)
+    with gguf.open(path) as file:
+        packed = sum(pack.pack(t).nbytes if len(t.shape) == 2 else t.nbytes for name, t in file.tensors.items())
+    assert found["weights"] == packed and found["n_gpu_layers"] == found["n_layers"] + 1 == 3
+    assert found["total"] == found["weights"] + found["cache"] + found["scratch"]
+    assert found["cache"] >= 2 * 2 * 2 * 64 * 64 * found["n_layers"]  # keys and values, halves, heads of 64
+    fitting = [
+        json.loads(ggufkit("inspect", path, "--fit", "-c", "64", "--memory", str(n), "--json").out)["n_gpu_layers"]
+        for n in (found["total"], found["total"] - 1, found["scratch"], (3 * found["total"] + found["scratch"]) // 4)
+    ]
+    assert fitting[:3] == [3, 2, 0] and fitting[3] in (1, 2)
+    assert "all of it fits (-ngl 3)" in ggufkit("inspect", path, "--fit", "--memory", "24GB").out
+    assert ggufkit("inspect", path, "--fit", "--memory", "much").status == 2
+    assert ggufkit("inspect", path, "--memory", "1G").status == 2

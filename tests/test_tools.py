@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -257,3 +258,20 @@ def test_the_whole_benchmark_in_small(tmp_path: Path):
     assert {"ggufkit", "xllamacpp"} <= set(document["models"][0]["results"][0]["contenders"])
     assert document["models"][0]["notes"] == []
     assert len(document["encode"]) == len(measure.ENCODED)
+
+
+def test_gpu_check_in_emulation(tmp_path):
+    """The program itself, on the emulated device: what it measures there means nothing."""
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++")
+    done = subprocess.run(
+        [sys.executable, TOOLS / "gpu_check.py", "--emulate", "--types", "q4_k_m,f16", "--json", tmp_path / "r.json"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert [row["type"] for row in report["speeds"]] == ["q4_k_m", "f16"] and not report["left_out"]
+    for row in report["nearness"]:
+        for way in ("", "_by_token"):
+            assert row[f"kl_cuda{way}"] <= max(1.2 * row[f"kl_cpu{way}"], 1e-6)
+    assert "decode 8b q4_k_m, share of the copy bandwidth: not measured" in done.stdout

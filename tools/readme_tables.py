@@ -18,7 +18,7 @@ def types_table() -> str:
         "|---|--:|--:|--:|:-:|:-:|:-:|:-:|",
     ]
     for t in sorted(TYPES.values(), key=lambda t: (t.is_quantized, t.id < 0, t.name[0] != "F", t.id)):
-        cells = [yes(True), yes(writes(t)), yes(True), "-"]
+        cells = [yes(True), yes(writes(t)), yes(True), yes(True)]
         lines.append(
             f"| {t.name} | {t.id if t.id >= 0 else 'none'} | {t.block} | {t.bits_per_weight:g} | {' | '.join(cells)} |"
         )

@@ -29,9 +29,10 @@ from . import screen
 )
 @screen.threads_option
 @screen.device_option
+@screen.gpu_layers_option
 @screen.json_option
 def command(model: str | None, hf: str | None, n_prompt: int, n_gen: int, repetitions: int, threads: int | None,
-            device: str, as_json: bool) -> None:  # fmt: skip
+            device: str, n_gpu_layers: int | None, as_json: bool) -> None:  # fmt: skip
     """Time reading a prompt (pp) and generating (tg), as llama-bench does."""
     from ggufkit_runtime import evaluate
 
@@ -39,7 +40,7 @@ def command(model: str | None, hf: str | None, n_prompt: int, n_gen: int, repeti
 
     if n_prompt == n_gen == 0:
         raise UsageError("nothing to measure: -p and -n are both 0")
-    loaded = screen.load(screen.model_name(model, hf), device, threads)
+    loaded = screen.load(screen.model_name(model, hf), device, threads, n_gpu_layers=n_gpu_layers)
     with screen.Progress("bench", 1, unit=lambda n: f"{n:.2f} runs", patience=0) as bar:
         bar(0)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from ggufkit_formats.errors import GgufkitError
+from ggufkit_formats.errors import GgufkitError, UsageError
 
 from . import screen
 
@@ -28,7 +28,15 @@ HEAD = 16  # longer arrays show so many items
 @click.option("--key", metavar="NAME", help="Show the value of this metadata key alone (without --json: in full).")
 @click.option("--no-tensors", is_flag=True, help="Leave out the table of tensors.")
 @click.option("--full", is_flag=True, help="Show long strings and arrays in full.")
-def command(file: Path, as_json: bool, key: str | None, no_tensors: bool, full: bool) -> None:
+@click.option(
+    "--fit", is_flag=True, help="Show what the model needs of a GPU's memory instead, and how much of it fits."
+)
+@click.option(
+    "-c", "--ctx-size", type=click.IntRange(1), metavar="N", help="With --fit: positions. Default: the model's."
+)
+@click.option("--memory", metavar="SIZE", help="With --fit: in so much memory (24G), not on the GPU at hand.")
+def command(file: Path, as_json: bool, key: str | None, no_tensors: bool, full: bool, fit: bool, ctx_size: int | None,
+            memory: str | None) -> None:  # fmt: skip
     """Show the metadata and the tensors of a GGUF FILE. Any shard of a split file means the whole.
 
     Shapes are in the file's own order, the contiguous dimension first. Offsets count from the start of the file (of
@@ -36,7 +44,14 @@ def command(file: Path, as_json: bool, key: str | None, no_tensors: bool, full: 
     """
     from ggufkit_formats import gguf
 
+    if not fit and (ctx_size or memory):
+        raise UsageError("--ctx-size and --memory go with --fit")
     with gguf.open(file) as opened:
+        if fit:
+            from . import fit as fitting
+
+            found = fitting.document(file, opened, ctx_size, memory)
+            return screen.print_json({"file": str(file), **found}) if as_json else print(fitting.text(found))
         if key is not None and key not in opened.metadata:
             raise GgufkitError(f"{file}: no metadata key {key!r}{_hint(key, list(opened.metadata))}")
         if as_json:
@@ -45,6 +60,7 @@ def command(file: Path, as_json: bool, key: str | None, no_tensors: bool, full: 
             _print_value(opened.metadata, key)
         else:
             _print_all(opened, no_tensors, full)
+    return None
 
 
 def _hint(key: str, keys: list[str]) -> str:

@@ -23,9 +23,11 @@ from . import screen
 @screen.pre_tokenizer_option
 @screen.threads_option
 @screen.device_option
+@screen.gpu_layers_option
 @screen.json_option
 def command(model: str | None, hf: str | None, text_file: str, ctx_size: int, chunks: int | None, against: str | None,
-            pre_tokenizer: str | None, threads: int | None, device: str, as_json: bool) -> None:  # fmt: skip
+            pre_tokenizer: str | None, threads: int | None, device: str, n_gpu_layers: int | None,
+            as_json: bool) -> None:  # fmt: skip
     """Perplexity by llama-perplexity's definition: windows of N tokens, the second half of each scored.
 
     With --against, also the Kullback-Leibler divergence from the reference and the share of equal top tokens.
@@ -34,8 +36,8 @@ def command(model: str | None, hf: str | None, text_file: str, ctx_size: int, ch
 
     name = screen.model_name(model, hf)
     text = screen.read_text(text_file)
-    loaded = screen.load(name, device, threads, None, pre_tokenizer)
-    reference = screen.load(against, device, threads, None, pre_tokenizer) if against else None
+    loaded = screen.load(name, device, threads, None, pre_tokenizer, n_gpu_layers)
+    reference = screen.load(against, device, threads, None, pre_tokenizer, n_gpu_layers) if against else None
     with screen.Progress("perplexity", 1, unit=lambda n: f"{n:.2f} windows", patience=0) as bar:
         bar(0)
 

@@ -40,7 +40,7 @@ RAW_LIMIT = 128  # tokens, where neither -n nor a chat template says when to sto
               help="Penalize the last 64 tokens.")  # fmt: skip
 @click.option("-s", "--seed", type=int, metavar="S", help="Seed; equal seeds give equal text. Default: a new one.")
 @click.option("-c", "--ctx-size", type=click.IntRange(1), metavar="N", help="Most tokens in all. Default: the model's.")
-@click.option("-ngl", "--n-gpu-layers", type=int, metavar="N", help="Layers on the GPU (none yet: the CPU runs all).")
+@screen.gpu_layers_option
 @click.option("--chat/--raw", "chat", default=None, help="With the model's chat template, or the bare prompt.")
 @click.option("-sys", "--system", metavar="TEXT", help="System message, with --chat.")
 @screen.pre_tokenizer_option
@@ -63,9 +63,7 @@ def command(words: tuple[str, ...], model: str | None, hf: str | None, n_predict
     prompt, model = _prompt(words, screen.model_name(model, hf))
     if prompt is None and (as_json or sys.stdin is None or not sys.stdin.isatty()):
         raise UsageError("nothing to do: give a PROMPT, or - to read it from stdin")
-    if n_gpu_layers and device != "cuda":
-        screen.say("note: no GPU backend in this version, the CPU runs all layers")
-    loaded = screen.load(model, device, threads, ctx_size, pre_tokenizer)
+    loaded = screen.load(model, device, threads, ctx_size, pre_tokenizer, n_gpu_layers)
     chat = _chats(loaded, chat, system)
     limit = n_predict if n_predict is not None else -1 if chat else RAW_LIMIT
     session = loaded.session()

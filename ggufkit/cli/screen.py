@@ -28,6 +28,34 @@ threads_option = click.option(
 device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute."
 )
+
+
+class _Layers(click.ParamType):
+    """How many layers: a number, `all`, or `auto`, which is None."""
+
+    name = "layers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        if value is None or isinstance(value, int):
+            return value
+        text = value.strip().lower()
+        if text in ("auto", "-1"):
+            return None
+        if text == "all":
+            return 1 << 30
+        if not text.isascii() or not text.isdigit():
+            self.fail(f"{printable(value)} is neither a number of layers nor auto or all", param, ctx)
+        return min(int(text), 1 << 30)
+
+
+gpu_layers_option = click.option(
+    "-ngl",
+    "--n-gpu-layers",
+    type=_Layers(),
+    default=None,
+    metavar="N|auto",
+    help="The last N layers on the GPU, the others on the CPU; more than there are: all. Default: as many as fit.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 pre_tokenizer_option = click.option(
     "--pre-tokenizer", metavar="NAME", help="Use this pre-tokenizer instead of the one that the file names."
@@ -160,7 +188,7 @@ def _compile_ahead(model: str | None, device: str) -> None:
 
 
 def load(model: str | None, device: str = "auto", threads: int | None = None, n_ctx: int | None = None,
-         pre_tokenizer: str | None = None) -> Any:  # fmt: skip
+         pre_tokenizer: str | None = None, n_gpu_layers: int | None = None) -> Any:  # fmt: skip
     """The model to run, with progress bars for fetching and loading it."""
     from ggufkit_runtime import generate
 
@@ -177,12 +205,21 @@ def load(model: str | None, device: str = "auto", threads: int | None = None, n_
                 bar(done)
 
         loaded = generate.load(path, device=device, threads=threads, n_ctx=n_ctx, pre=pre_tokenizer,
-                               progress=progress, kernels=kernels)  # fmt: skip
+                               progress=progress, kernels=kernels, n_gpu_layers=n_gpu_layers)  # fmt: skip
+    _tell_device(loaded, n_gpu_layers)
     compiled()  # those do not count in the timings
     trained = loaded.config.n_ctx_train
     if n_ctx is not None and n_ctx > trained:
         say(f"note: the model was trained on contexts of up to {trained} tokens, not {n_ctx}")
     return loaded
+
+
+def _tell_device(loaded: Any, n_gpu_layers: int | None) -> None:
+    """What is not where it was asked for, or not all on one side."""
+    if loaded.ops.name == "cuda+cpu":
+        say(f"{loaded.ops.n_gpu_layers} of {loaded.ops.n_layers} layers on the GPU, the rest and the output on the CPU")
+    elif n_gpu_layers and loaded.ops.name == "cpu":
+        say("note: no GPU is used here, the CPU runs all layers")
 
 
 _known = 0

@@ -57,7 +57,7 @@ def _tensor_type(t: TensorType) -> dict[str, Any]:
         "read": True,
         "write": write,
         "cpu": True,  # what has no layout of its own is held as float32
-        "cuda": False,
+        "cuda": True,  # the same layouts
         "error": error,
     }
 

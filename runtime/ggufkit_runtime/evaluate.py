@@ -54,11 +54,16 @@ def windows(model: Model, text: str, n_ctx: int, n_chunks: int | None) -> list[l
     return out
 
 
-def scored(model: Model, window: Sequence[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def batch_of(*models: Model) -> int:
+    """Tokens that go through the networks at a time, the same for all."""
+    return min(getattr(model.ops, "n_batch", N_BATCH) for model in models)
+
+
+def scored(model: Model, window: Sequence[int], n_batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Batches of (log-probabilities float64 (n, n_vocab), targets (n,)) over the second half of a window."""
     cache, half = model.cache(len(window)), len(window) // 2
-    for start in range(0, len(window), N_BATCH):
-        batch = np.asarray(window[start : start + N_BATCH])
+    for start in range(0, len(window), n_batch):
+        batch = np.asarray(window[start : start + n_batch])
         first = max(0, min(half - start, len(batch) - 1))
         logits = model.forward(batch, cache, first=first)
         begin = start + first
@@ -90,7 +95,7 @@ def perplexity(
     chunks = windows(model, text, n_ctx, n_chunks)
     total, squares, count = 0.0, 0.0, 0
     for done, window in enumerate(chunks, 1):
-        for log_p, targets in scored(model, window):
+        for log_p, targets in scored(model, window, batch_of(model)):
             losses = -log_p[np.arange(len(targets)), targets]
             total, squares, count = total + losses.sum(), squares + (losses**2).sum(), count + len(targets)
         if progress is not None:
@@ -115,8 +120,10 @@ def against(
     if chunks != windows(reference, text, n_ctx, n_chunks):
         raise UnsupportedError("the reference splits the text into other tokens: not comparable")
     losses, kls, same = [], [], 0
+    n_batch = batch_of(model, reference)
     for done, window in enumerate(chunks, 1):
-        for (log_p, targets), (log_q, _) in zip(scored(model, window), scored(reference, window), strict=True):
+        both = (scored(each, window, n_batch) for each in (model, reference))
+        for (log_p, targets), (log_q, _) in zip(*both, strict=True):
             losses.append(-log_p[np.arange(len(targets)), targets])
             kls.append((np.exp(log_q) * (log_q - log_p)).sum(axis=1))
             same += int((log_p.argmax(axis=1) == log_q.argmax(axis=1)).sum())
@@ -159,7 +166,7 @@ def bench(
 ) -> list[Speed]:
     """Time reading and generating random tokens, after one run of each that is not counted."""
     random = np.random.default_rng(0)
-    tests = [(f"pp{n_prompt}", n_prompt, N_BATCH)] if n_prompt else []
+    tests = [(f"pp{n_prompt}", n_prompt, batch_of(model))] if n_prompt else []
     tests += [(f"tg{n_generate}", n_generate, 1)] if n_generate else []
     out, done = [], 0
     for name, n_tokens, batch in tests:
@@ -172,7 +179,7 @@ def bench(
             began = time.perf_counter()
             for i in range(0, len(ids), batch):
                 part = ids[i : i + batch]
-                model.forward(part, cache, first=len(part) - 1)
+                model.advance(part, cache)
             if repetition:
                 rates.append(len(ids) / (time.perf_counter() - began))
             done += 1

@@ -15,28 +15,14 @@ from typing import Any
 import numpy as np
 from ggufkit_formats import gguf
 from ggufkit_formats.blocks import ScaledType
-from ggufkit_formats.errors import FormatError, UnsupportedError, UsageError
+from ggufkit_formats.errors import FormatError, UsageError
 from ggufkit_formats.tensor import Tensor
 
-from . import models, tokenizer, weights
+from . import fit, models, tokenizer, weights
+from .devices import backend
 from .sampler import Sampler
 
-N_BATCH = 512  # tokens of a prompt that go through the network at a time
-
-
-def backend(device: str = "auto", threads: int | None = None) -> Any:
-    """The operations of that device. Raises UnsupportedError where it is not to be had."""
-    if device not in ("auto", "cpu", "cuda", "reference"):
-        raise UsageError(f"unknown device {device!r} (auto, cpu, cuda)")
-    if device == "cuda":
-        raise UnsupportedError("this version of ggufkit has no CUDA backend yet: use --device cpu")
-    if device == "reference":
-        from ggufkit_kernels.ops_ref import RefOps
-
-        return RefOps()
-    from ggufkit_kernels.cpu.ops import CpuOps
-
-    return CpuOps(threads)
+N_BATCH = 512  # tokens of a prompt that go through the network at a time, where the backend does not say
 
 
 def load(
@@ -47,13 +33,16 @@ def load(
     pre: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     kernels: Callable[[int, int], None] | None = None,
+    n_gpu_layers: int | None = None,
 ) -> Model:
     """Open a GGUF file and load it for running.
 
-    `device` is auto, cpu, cuda, or reference (plain NumPy in float32, slow, for checking). `pre` overrides the
-    file's pre-tokenizer. `progress` is told (bytes loaded, in all), `kernels` (kernels compiled, in all) where some
-    have to be, from another thread; without it a line on stderr says so. Raises FormatError for a broken file,
-    UnsupportedError for an unknown architecture.
+    `device` is auto (cuda where there is a GPU and what drives it, else cpu), cpu, cuda, or reference (plain NumPy in
+    float32, slow, for checking). `n_gpu_layers` are the last layers that go to the GPU (more than there are: the output
+    too), None as many as fit. `pre` overrides the file's pre-tokenizer. `progress` is told (bytes loaded, in all),
+    `kernels` (kernels compiled, in all) where some have to be, from another thread; without it a line on stderr says
+    so. Raises FormatError for a broken file, UnsupportedError for an unknown architecture, DeviceError where the device
+    is not to be had.
     """
     began = time.perf_counter()
     with gguf.open(path) as file:
@@ -66,7 +55,7 @@ def load(
         if n_ctx is not None and n_ctx < 1:
             raise UsageError(f"a context of {n_ctx} tokens is too small")
         weights.check(architecture.tensors(config), file.tensors, name)
-        ops = backend(device, threads)
+        ops = backend(device, threads, fit.Plan(architecture, config, file.tensors, n_ctx), n_gpu_layers)
         scaled: dict[Any, ScaledType] = {}
         matrices = {name: t.type for name, t in file.tensors.items() if len(t.shape) == 2}
         for each, kind in matrices.items():
@@ -133,11 +122,20 @@ class Model:
         c = self.config
         return self.ops.cache(c.n_layers, c.n_kv_heads, c.head_dim, n_ctx or self.n_ctx)
 
+    @property
+    def n_batch(self) -> int:
+        """Tokens of a prompt that go through the network at a time."""
+        return getattr(self.ops, "n_batch", N_BATCH)
+
     def forward(self, ids: Sequence[int] | np.ndarray, cache: Any, first: int = 0) -> np.ndarray:
         """Append ids (n,) to the cache; logits of ids[first:], float32 (n - first, n_vocab).
 
         Raises UsageError for ids out of range or too many, FormatError where the weights lead to NaN or infinity.
         """
+        return self.fetch(self.queue(ids, cache, first))
+
+    def queue(self, ids: Sequence[int] | np.ndarray, cache: Any, first: int = 0) -> Any:
+        """As `forward`, but the logits stay where they are, and may not be there yet."""
         ids = np.asarray(ids, dtype=np.int64)
         if ids.ndim != 1 or not len(ids):
             raise UsageError("a forward needs at least one token")
@@ -146,17 +144,38 @@ class Model:
             raise UsageError(f"token ids are 0 to {self.config.n_vocab - 1}, not {low} to {high}")
         if cache.length + len(ids) > cache.n_ctx:
             raise UsageError(f"{cache.length + len(ids)} tokens do not fit a context of {cache.n_ctx}")
-        logits = self.ops.to_numpy(
-            self.ops.forward(self.architecture.forward, self.config, self.weights, ids, cache, first)
-        )
+        return self.ops.forward(self.architecture.forward, self.config, self.weights, ids, cache, first)
+
+    def fetch(self, logits: Any) -> np.ndarray:
+        """The logits that `queue` returned, (n, n_vocab). Raises FormatError for NaN and infinity."""
+        logits = self.ops.to_numpy(logits)
         if not (math.isfinite(logits.max()) if len(logits) == 1 else np.isfinite(logits.max(axis=1)).all()):
-            raise FormatError(f"{self.info.name}: the network's output is NaN or infinite: its weights are broken")
+            raise self._broken()
         return logits
+
+    def top(self, logits: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k largest of logits (1, n_vocab) that `queue` returned: ids and values, best first."""
+        ids, values = self.ops.top(logits, min(k, self.config.n_vocab))
+        if not math.isfinite(values[0]):
+            raise self._broken()
+        return ids, values
+
+    def advance(self, ids: Sequence[int] | np.ndarray, cache: Any) -> None:
+        """Append ids (n,) to the cache, and wait until the largest of the last logits is known, as to go on."""
+        logits = self.queue(ids, cache, len(ids) - 1)
+        if getattr(self.ops, "most_top", 0):
+            self.top(logits, 1)
+        else:
+            self.fetch(logits)
+
+    def _broken(self) -> FormatError:
+        return FormatError(f"{self.info.name}: the network's output is NaN or infinite: its weights are broken")
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Teacher-forced logits, float32 (len(ids), n_vocab): row i predicts token i + 1."""
         cache = self.cache(max(len(ids), 1))
-        parts = [self.forward(ids[i : i + N_BATCH], cache) for i in range(0, max(len(ids), 1), N_BATCH)]
+        batch = self.n_batch
+        parts = [self.forward(ids[i : i + batch], cache) for i in range(0, max(len(ids), 1), batch)]
         return np.concatenate(parts)
 
     def session(self, n_ctx: int | None = None) -> Session:
@@ -204,11 +223,13 @@ class Session:
     finish_reason: str | None = None  # "stop": an end token; "length": max_tokens, or the end of the context
     context_full: bool = False
     generated: list[int] = field(default_factory=list)
-    last_logits: np.ndarray | None = None
     progress: Callable[[int, int], None] | None = None  # told (tokens read, tokens in all) while a prompt is read
 
     def __post_init__(self) -> None:
         self.cache = self.model.cache(self.n_ctx)
+        self._queued: Any = None  # the last logits, where they are
+        self._fetched: np.ndarray | None = None  # the same, here
+        self._n_top: int = getattr(self.model.ops, "most_top", 0)  # logits that the backend finds the largest of
 
     def stream(self, ids: Sequence[int], sampler: Sampler, max_tokens: int | None = None) -> Iterator[int]:
         """Generated token ids, the end token not included. `ids` is the whole conversation so far."""
@@ -220,14 +241,14 @@ class Session:
             raise UsageError(f"the prompt has {len(ids)} tokens, more than the context of {self.n_ctx}")
         self.timings, self.finish_reason, self.context_full, self.generated = Timings(), None, False, []
         limit = float("inf") if max_tokens is None else max_tokens
-        logits = self._prompt(list(ids))
+        self._prompt(list(ids))
         end = self.model.tokenizer.eog_ids
         while True:
             if len(self.generated) >= limit:
                 self.finish_reason = "length"
                 return
             began = time.perf_counter()
-            token = sampler(logits, self.tokens)
+            token = self._choose(sampler)
             self.timings.generate_s += time.perf_counter() - began
             if token in end:
                 self.finish_reason = "stop"
@@ -241,7 +262,7 @@ class Session:
                 self.finish_reason, self.context_full = "length", True
                 return
             began = time.perf_counter()
-            logits = self._advance([token])
+            self._advance([token])
             self.timings.generate_s += time.perf_counter() - began
 
     def text(self, ids: Sequence[int], sampler: Sampler, max_tokens: int | None = None) -> Iterator[str]:
@@ -254,13 +275,28 @@ class Session:
             yield piece
 
     @property
+    def last_logits(self) -> np.ndarray | None:
+        """The logits after the last token, float32 (n_vocab,); None before there are any."""
+        if self._fetched is None and self._queued is not None:
+            self._fetched = self.model.fetch(self._queued)[0]
+        return self._fetched
+
+    @property
     def logits_hash(self) -> str | None:
         """SHA-256 of the last logits, float32 little endian: equal numbers, equal hash."""
-        if self.last_logits is None:
-            return None
-        return hashlib.sha256(self.last_logits.astype("<f4").tobytes()).hexdigest()
+        logits = self.last_logits
+        return None if logits is None else hashlib.sha256(logits.astype("<f4").tobytes()).hexdigest()
 
-    def _prompt(self, ids: list[int]) -> np.ndarray:
+    def _choose(self, sampler: Sampler) -> int:
+        """The next token; where few logits decide and the backend finds them, only those are fetched."""
+        wanted = sampler.candidates
+        if wanted is not None and wanted <= self._n_top:
+            return sampler.choose(*self.model.top(self._queued, wanted))
+        logits = self.last_logits
+        assert logits is not None
+        return sampler(logits, self.tokens)
+
+    def _prompt(self, ids: list[int]) -> None:
         began = time.perf_counter()
         common = 0
         for ours, theirs in zip(self.tokens, ids, strict=False):
@@ -270,21 +306,22 @@ class Session:
         common = min(common, len(ids) - 1)  # one token at least must run, to give logits
         self.cache.truncate(common)
         del self.tokens[common:]
-        logits = np.empty(0, np.float32)
-        for i in range(common, len(ids), N_BATCH):
-            logits = self._advance(ids[i : i + N_BATCH])
+        batch = self.model.n_batch
+        for i in range(common, len(ids), batch):
+            self._advance(ids[i : i + batch])
             if self.progress is not None:
                 self.progress(len(self.tokens) - common, len(ids) - common)
         self.timings.prompt_tokens = len(ids) - common
+        if self._n_top:  # what is queued counts when it is done
+            self.model.top(self._queued, 1)
         self.timings.prompt_s = time.perf_counter() - began
-        return logits
 
-    def _advance(self, ids: list[int]) -> np.ndarray:
+    def _advance(self, ids: list[int]) -> None:
         try:
-            logits = self.model.forward(ids, self.cache, first=len(ids) - 1)[0]
+            queued = self.model.queue(ids, self.cache, first=len(ids) - 1)
+            fetched = None if self._n_top else self.model.fetch(queued)[0]
         except BaseException:
             self.cache.truncate(len(self.tokens))  # interrupted: cache and tokens stay in step
             raise
         self.tokens += ids
-        self.last_logits = logits
-        return logits
+        self._queued, self._fetched = queued, fetched

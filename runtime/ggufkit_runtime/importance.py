@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from ggufkit_formats.errors import FormatError
+from ggufkit_formats.errors import FormatError, UnsupportedError
 
 from .evaluate import windows
 from .generate import N_BATCH, Model
@@ -69,11 +69,13 @@ def collect(
     """
     found = Activations(n_ctx)
     recorder = Recorder(model.ops, names(model, output), found)
-    chunks = windows(model, text, n_ctx, n_chunks)
+    if not hasattr(model.ops, "matmul"):  # a backend made of two: matrices pass it by
+        raise UnsupportedError("the inputs of a model that is split between GPU and CPU cannot be measured: -ngl 0")
+    chunks, n_batch = windows(model, text, n_ctx, n_chunks), getattr(model.ops, "n_batch", N_BATCH)
     for window in chunks:
         cache = model.cache(n_ctx)
-        for start in range(0, n_ctx, N_BATCH):
-            ids = np.asarray(window[start : start + N_BATCH], dtype=np.int64)
+        for start in range(0, n_ctx, n_batch):
+            ids = np.asarray(window[start : start + n_batch], dtype=np.int64)
             first = 0 if output else len(ids) - 1  # logits are of use to nobody
             recorder.forward(model.architecture.forward, model.config, model.weights, ids, cache, first)
         found.n_chunks += 1

@@ -49,8 +49,21 @@ class Sampler:
             logits = self._penalized(logits, recent)
         if self.temperature == 0:
             return int(np.argmax(logits))
-        ids = self._top_k(logits)  # best first
-        probabilities = _softmax(logits[ids])
+        ids = self._top_k(logits)
+        return self.choose(ids, logits[ids])
+
+    @property
+    def candidates(self) -> int | None:
+        """How many of the largest logits decide, whatever the tokens so far; None where all of them may."""
+        if self.repeat_penalty != 1.0:
+            return None
+        return 1 if self.temperature == 0 else self.top_k or None
+
+    def choose(self, ids: np.ndarray, logits: np.ndarray) -> int:
+        """The next token of the `candidates` with the largest logits, ids (k,) and float32 (k,), best first."""
+        if self.temperature == 0:
+            return int(ids[0])
+        probabilities = _softmax(logits)
         if self.top_p < 1:
             kept = int(np.searchsorted(np.cumsum(probabilities), self.top_p)) + 1
             ids, probabilities = ids[:kept], probabilities[:kept]
@@ -58,7 +71,7 @@ class Sampler:
             kept = int(np.count_nonzero(probabilities >= self.min_p * probabilities[0]))
             ids = ids[: max(kept, 1)]
         with np.errstate(over="ignore"):  # a tiny temperature: what is below the best gets -inf
-            probabilities = _softmax((logits[ids].astype(np.float64) - logits[ids[0]]) / self.temperature)
+            probabilities = _softmax((logits[: len(ids)].astype(np.float64) - logits[0]) / self.temperature)
         cumulative = np.cumsum(probabilities)
         drawn = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
         return int(ids[min(drawn, len(ids) - 1)])

@@ -113,12 +113,18 @@ class Entry:
 
 
 def _most_threads(kernel: Kernel) -> int:
-    """What the kernel's __launch_bounds__ says; a product of numbers and the module's macros."""
-    bounds = re.search(_BOUNDS % kernel.name, loader.source(kernel.module))
+    """What the kernel's __launch_bounds__ says; products of numbers and macros, those of the source too."""
+    source = loader.source(kernel.module)
+    bounds = re.search(_BOUNDS % kernel.name, source)
     if bounds is None:
         return THREADS
-    macros = {name: str(value) for name, value in kernel.module.defines}
-    return math.prod(int(macros.get(factor.strip(), factor)) for factor in bounds[1].split("*"))
+    macros = dict(re.findall(r"^#define (\w+) (.+?)\s*(?://.*)?$", source, re.MULTILINE))
+
+    def value(text: str) -> int:
+        factors = (factor.strip() for factor in text.strip("() ").split("*"))
+        return math.prod(value(macros[factor]) if factor in macros else int(factor) for factor in factors)
+
+    return value(bounds[1])
 
 
 @functools.cache

@@ -17,11 +17,18 @@ from ggufkit_kernels.cuda import weights
 from ggufkit_kernels.cuda.weights import CudaWeight, Inputs
 from ggufkit_kernels.ops_ref import RefOps
 from memory_tensors import from_raw, random_blocks
-from test_ops import ALL, MADE_UP, normal, rounded_inputs
+from test_ops import ALL, normal, rounded_inputs
 
 SHAPES = [(1, 1), (3, 2), (LANES + 1, 1), (2 * LANES + 1, 3)]  # rows, blocks
 KINDS = ["Q4_K", "Q6_K", "Q8_0", "Q2_K", "IQ2_XS", "NVFP4", "NF4", "TQ2_0", "F16", "F32"]  # one of each way to be read
+# of these, the ones that are run again under the sanitizers
+AGAIN = {"tiles": ["Q4_K", "IQ2_XS", "NF4", "F16"], "fused": ["Q6_K", "NVFP4"]}
 ref = RefOps()
+
+
+def kinds(names: list[str], what: str) -> list:
+    """Types as parameters, some of them marked `kernels`."""
+    return [pytest.param(name, marks=[pytest.mark.kernels] if name in AGAIN[what] else []) for name in names]
 
 
 def inputs_of(device, x: np.ndarray) -> Inputs:
@@ -97,8 +104,7 @@ def test_all_layouts(device, name: str) -> None:
         check_weight(device, type, rows, cols_of(type, blocks), seed, (1, 3))
 
 
-@pytest.mark.kernels
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", kinds(KINDS, "tiles"))
 def test_all_tiles(device, name: str) -> None:
     type = find(name)
     rows, cols = LANES + 3, cols_of(type, 3)
@@ -124,6 +130,21 @@ def test_sums_do_not_depend_on_the_number_of_tokens(device, name: str) -> None:
         assert np.array_equal(product(device, weight, x[:n]).view(np.uint32), many[:n].view(np.uint32)), n
 
 
+@pytest.mark.parametrize("name", ["Q4_K", "NVFP4", "TQ2_0"])
+def test_blocks_that_stay(device, name: str) -> None:
+    """Fewer blocks than strips, each of which takes several: the same sums."""
+    type = find(name)
+    tensor = random_blocks(type, 6 * LANES + 3, 768, np.random.default_rng(4))
+    weight = CudaWeight(device, pack.pack(tensor))
+    for n in (1, 3):
+        x, bias, add = normal(n, n, 768), normal(7, tensor.rows), normal(8, n, tensor.rows)
+        weight.blocks = 0
+        want = product(device, weight, x, bias, add)
+        for blocks in (1, 2, 5):
+            weight.blocks = blocks
+            assert np.array_equal(product(device, weight, x, bias, add).view(np.uint32), want.view(np.uint32)), blocks
+
+
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q6_K", "Q8_0", "IQ4_XS", "NF4"])
 def test_codes_and_inputs_at_their_ends(device, name: str) -> None:
     """All codes, scales and inputs as large as they may be, of either sign: sums of bytes are exact integers."""
@@ -140,6 +161,16 @@ def test_codes_and_inputs_at_their_ends(device, name: str) -> None:
     x = np.where(rng.random((3, 512)) < 0.5, -127, 127).astype(np.float32)
     x[1], x[2] = 127, -127
     check_product(product(device, weight, x), weight, values, x)
+
+
+@pytest.mark.kernels
+def test_prefetch_stays_inside(device) -> None:
+    weight = CudaWeight(device, pack.pack(random_blocks(find("Q6_K"), 2 * LANES, 256, np.random.default_rng(3))))
+    for nbytes in (1, 129, weight.codes.nbytes, 1 << 40):
+        launch = weight.prefetch(nbytes, 2)
+        device.launch(*launch)
+        assert 128 * (launch[-1] - 1) < min(nbytes, weight.codes.nbytes) <= 128 * launch[-1]
+    device.synchronize()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -175,7 +206,7 @@ def words(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What `quantize` makes of x (n, cols): int8 (n, padded), scales, sums of the halves of each 32 (n, chunks, 2)."""
     parts = np.pad(x, ((0, 0), (0, -x.shape[1] % 32))).reshape(len(x), -1, 32)
     largest = np.abs(parts).max(axis=2, keepdims=True)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", over="ignore"):
         inverse = np.where(largest > 1e-30, np.float32(127) / largest, np.float32(0))
     q = np.rint(parts * inverse).astype(np.int8)
     return (
@@ -192,15 +223,6 @@ def check_inputs(device, to: Inputs, x: np.ndarray) -> None:
     assert np.array_equal(a[..., 0], scales)
     both = np.ascontiguousarray(a[..., 1]).view(np.int32)
     assert np.array_equal(both >> 16, sums.sum(2)) and np.array_equal(both.astype(np.int16), sums[..., 0])
-
-
-def near(device, to: Inputs, x: np.ndarray) -> None:
-    """q * a is x (n, cols), as near as int8 may be, and what is beyond is zero."""
-    q, a = device.download(to.q)[: len(x)], device.download(to.a)[: len(x)]
-    back = (q.reshape(len(x), -1, 32) * a[..., :1].astype(np.float64)).reshape(len(x), -1)
-    steps = np.repeat(a[..., 0], 32, axis=1)[:, : x.shape[1]]
-    assert np.all(np.abs(back[:, : x.shape[1]] - x) <= 0.5001 * steps + 1e-7)
-    assert not q[:, x.shape[1] :].any()
 
 
 @pytest.mark.kernels
@@ -249,6 +271,71 @@ def test_gate_quantize(device, squared: bool) -> None:
         check_inputs(device, to, got)
 
 
+# -- products with what follows them ------------------------------------------------------------------------
+
+CODED = [name for name in KINDS if name not in ("F16", "F32")]
+
+
+@pytest.mark.parametrize("name", kinds(CODED, "fused"))
+def test_matvec_norm(device, name: str) -> None:
+    """A product, a residual and a norm in one launch, and the next product, which does the rest of the norm."""
+    type = find(name)
+    cols = cols_of(type, 2)
+    for rows in (5, LANES, 33, 64):
+        tensor = random_blocks(type, rows, cols, np.random.default_rng(rows))
+        following = random_blocks(find("Q4_0"), 9, weights.padded_cols(rows), np.random.default_rng(1))
+        weight, then = CudaWeight(device, pack.pack(tensor)), CudaWeight(device, pack.pack(following))
+        x, bias, add, times = normal(1, 1, cols), normal(2, rows), normal(3, 1, rows), normal(4, rows)
+        out, to = device.upload(add), Inputs(device, 1, rows, normed=True)
+        args = inputs_of(device, x), out, device.upload(times), 1e-5, to, device.upload(bias), out
+        device.launch(*weight.matvec_norm(*args))
+        got = device.download(out)
+        check_product(got, weight, ref.weight(tensor).values, x, bias + add)
+        check_inputs(device, to, got * times)
+        padded = np.pad(got.astype(np.float64), ((0, 0), (0, -rows % 32)))
+        squares = np.square(padded).reshape(-1, 32).sum(1)
+        assert np.allclose(device.download(to.squares), squares, rtol=1e-6, atol=1e-9)
+        to.cols = then.shape[1]  # rows that are no multiple of 32 have zeros behind them
+        product = device.empty((1, 9), np.float32)
+        device.launch(*then.matvec(to, product, 1))
+        norm = 1 / np.sqrt(squares.sum() / then.shape[1] + 1e-5)
+        inputs = rounded_inputs(np.pad(got * times, ((0, 0), (0, -rows % 32)))) * norm
+        want = inputs @ ref.weight(following).values.astype(np.float64).T
+        assert np.allclose(device.download(product), want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("name", kinds(CODED, "fused"))
+def test_matvec_gated(device, name: str) -> None:
+    type = find(name)
+    cols = cols_of(type, 2)
+    for rows, squared in ((5, False), (LANES, True), (33, False), (64, True)):
+        tensors = [random_blocks(type, rows, cols, np.random.default_rng(rows + k)) for k in range(2)]
+        gate, up = (CudaWeight(device, pack.pack(tensor)) for tensor in tensors)
+        x = inputs_of(device, normal(1, 1, cols) / 8)
+        out, to = device.empty((1, rows), np.float32), Inputs(device, 1, rows)
+        device.launch(*gate.matvec_gated(up, x, to, squared, out))
+        got, parts = device.download(out), []
+        for weight in (gate, up):
+            part = device.empty((1, rows), np.float32)
+            device.launch(*weight.matvec(x, part, 1))
+            parts.append(device.download(part))
+        want = (ref.relu2 if squared else ref.swiglu)(*parts)
+        assert np.allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+        check_inputs(device, to, got)
+        device.launch(*gate.matvec_gated(up, x, to, squared))
+        check_inputs(device, to, got)
+
+
+def test_gates_of_different_types_do_not_go_together(device) -> None:
+    def weight(name: str) -> CudaWeight:
+        return CudaWeight(device, pack.pack(random_blocks(find(name), 32, 256, np.random.default_rng(1))))
+
+    assert weight("Q4_K").goes_with(weight("Q4_K"))
+    assert not weight("Q4_K").goes_with(weight("Q6_K"))
+    assert not weight("IQ2_XXS").goes_with(weight("IQ1_S"))  # one layout, two codebooks
+    assert not weight("F16").goes_with(weight("F16"))
+
+
 # -- what is compiled ---------------------------------------------------------------------------------------
 
 
@@ -277,11 +364,11 @@ def test_other_lanes(family: str) -> None:
     """Strips of 8 rows where the host packs 16, and the other way round."""
     if emulated.COMPILER is None:
         pytest.skip("the kernels are not run: there is no g++")
-    if LANES == {"plain": 8, "avx512": 16}[family]:
+    if {"plain": 8, "avx512": 16}[family] == LANES:
         pytest.skip("the other tests have these strips")
-    names = " or ".join(
-        ["test_all_tiles", "test_long_rows", *[f"test_all_layouts and {name}]" for name in ("Q3_K", "IQ4_XS")]]
-    )
+    kinds = [f"test_all_layouts and {name}" for name in ("Q3_K", "IQ4_XS")]
+    kinds += [f"{test} and {name}" for test in ("matvec_norm", "matvec_gated") for name in ("Q4_K", "NVFP4")]
+    names = " or ".join(["test_all_tiles", "test_long_rows", *kinds])
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", names]
     done = subprocess.run(
         command,
@@ -292,6 +379,3 @@ def test_other_lanes(family: str) -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "passed" in done.stdout
-
-
-assert MADE_UP

@@ -171,7 +171,7 @@ class Tape:
         self._ids = np.zeros(1, np.int64)
         recorder = Recorder(ops)
         out = network(config, weights, recorder, self._ids, cache, 0)
-        self._n_vocab = recorder.n_vocab
+        self._n_vocab, self._shape = recorder.n_vocab, out.shape
         # What `begin` and `end` are told, but for the token, its position, its logits, and the places of the position
         call = [0, 0, 0, address(self._ids), address(out), out.size, 0, 0, len(recorder.rotations)]
         self._keep = [out, recorder.keep, recorder.rotations]
@@ -261,7 +261,7 @@ class Tape:
         """The forward of one token at a position: logits (1, n_vocab)."""
         if not 0 <= token < self._n_vocab:
             raise UsageError(f"token id {token} is outside 0…{self._n_vocab - 1}")
-        out = np.empty((1, self._n_vocab), np.float32)
+        out = np.empty(self._shape, np.float32)
         with self.team.lock:
             _CALL.pack_into(self._bytes, self._call_at, token, start, address(out))
             self.team.run_at(self._program_at, self.shared)

@@ -19,7 +19,8 @@
 // Four numbers from x on, of `count` that there are; zeros behind them. `whole`: 16-byte loads are possible.
 __device__ __forceinline__ float4 load_four(const float* x, int count, bool whole) {
     if (whole && count >= 4) return *(const float4*)x;
-    return make_float4(count > 0 ? x[0] : 0.0f, count > 1 ? x[1] : 0.0f, count > 2 ? x[2] : 0.0f, count > 3 ? x[3] : 0.0f);
+    return make_float4(count > 0 ? x[0] : 0.0f, count > 1 ? x[1] : 0.0f, count > 2 ? x[2] : 0.0f,
+                       count > 3 ? x[3] : 0.0f);
 }
 __device__ __forceinline__ void store_four(float* y, float4 v, int count, bool whole) {
     if (whole && count >= 4) {

@@ -1,12 +1,12 @@
 // Reading a packed matrix (cpu/pack.py): what a thread takes of a chunk, its codes, its scales and its minima.
 //
-// A layout is spelled by macros (weights.py): VALUES, BITS, BLOCK, GROUP, OFFSET, SCALE, MINIMUM, JOINED, NUMBER, LANES,
-// as the fields of `Layout` say. Nothing here knows a tensor type.
+// A layout is spelled by macros (weights.py): VALUES, BITS, BLOCK, GROUP, OFFSET, SCALE, MINIMUM, JOINED, NUMBER,
+// LANES, as the fields of `Layout` say. Nothing here knows a tensor type.
 //
-// A thread takes four rows of a chunk (32 inputs): 16 bytes of each of its BITS vectors, 4 LANES bytes apart, and beside
-// them d, dmin, scales and minima of these rows, 1 to 16 bytes each. PARTS = LANES / 4 threads share a chunk, a warp
-// takes STEP = 32 / PARTS chunks at a time: together all bytes of 32 BITS vectors, nothing read twice, every sector of
-// 32 bytes whole. So what a scale costs (decoding, two conversions, the fma) is paid once in 32 products.
+// A thread takes four rows of a chunk (32 inputs): 16 bytes of each of its BITS vectors, 4 LANES bytes apart, and
+// beside them d, dmin, scales and minima of these rows, 1 to 16 bytes each. PARTS = LANES / 4 threads share a chunk, a
+// warp takes STEP = 32 / PARTS chunks at a time: together all bytes of 32 BITS vectors, nothing read twice, every
+// sector of 32 bytes whole. So what a scale costs (decoding, two conversions, the fma) is paid once in 32 products.
 #pragma once
 #include "common.cuh"
 #include "stream.cuh"
@@ -85,9 +85,10 @@ __device__ __forceinline__ void load_scales(Chunk& to, const Strip& from, int ch
 #pragma unroll
     for (int u = 0; u < UNITS; u++) {
         const u32 group = UNITS == 2 ? 2 * chunk + u : chunk / GROUP_CHUNKS;
-        if (SCALE != S_NONE) load_words(to.scale[u], from.scale + group * LANES + 4 * part);
-        if (JOINED == 6 && (UNITS == 1 || u == 0)) load_words(to.minimum[u], from.minimum + group / 2 * LANES + 4 * part);
-        if (JOINED == 0 && MINIMUM == 2) load_words(to.minimum[u], from.minimum + group * LANES + 4 * part);
+        const u32 at = group * LANES + 4 * part, joined_at = group / 2 * LANES + 4 * part;
+        if (SCALE != S_NONE) load_words(to.scale[u], from.scale + at);
+        if (JOINED == 6 && (UNITS == 1 || u == 0)) load_words(to.minimum[u], from.minimum + joined_at);
+        if (JOINED == 0 && MINIMUM == 2) load_words(to.minimum[u], from.minimum + at);
     }
 }
 
@@ -186,7 +187,8 @@ __device__ __forceinline__ void look_up(const u32 (&table)[4], u32 nibbles, u32&
     } else {
         const u32 low = nibbles & 0x77777777u, which = (nibbles >> 1 & 0x44444444u) | 0x32103210u;
         even = __byte_perm(__byte_perm(table[0], table[1], low), __byte_perm(table[2], table[3], low), which);
-        odd = __byte_perm(__byte_perm(table[0], table[1], low >> 16), __byte_perm(table[2], table[3], low >> 16), which >> 16);
+        odd = __byte_perm(__byte_perm(table[0], table[1], low >> 16), __byte_perm(table[2], table[3], low >> 16),
+                          which >> 16);
     }
     first = __byte_perm(even, odd, 0x6420u);
     second = __byte_perm(even, odd, 0x7531u);

@@ -1,170 +1,87 @@
-#include "layout.cuh"
+// Packed codes times int8 inputs, for one to eight tokens: out (n, rows) = x (n, cols) @ weight.T.
+//
+// A block takes a strip (LANES rows); its warps share the columns (weights.py: `warps_of`). A thread takes four rows of
+// a chunk, 32 inputs: 16-byte loads, 32 `dp4a`, and one conversion to float32 and one fma a row; see layout.cuh for
+// what it reads and steps.cuh for the loop. Integer sums begin with the bits of 2**23 + 2**22 (MAGIC), so that they are
+// floats when they are done, but for a subtraction; an offset goes into that beginning, through the sum of the inputs.
+// A minimum is taken off through the same sum. Sums of the columns are joined by shuffles, then over the warps in
+// shared memory (sums.cuh), where the bias and the residual are added.
+//
+// Bytes and operations of one token on an H100 (3.35 TB/s, 132 multiprocessors, 1.7 GHz: 15 bytes a cycle for each). A
+// step of a warp, 8 chunks of 16 rows of Q4_K, reads 2,304 bytes and 320 of inputs, which the first-level cache has
+// after the first strip. In SASS of sm_90 (nvdisasm) it is 233 instructions: 32 dp4a, 81 of logic, 8 fma, 11 loads,
+// each of a vector of codes right after its last use. Four schedulers issue one a cycle each, so a step takes 60 cycles
+// of the multiprocessor, its bytes 154: arithmetic is hidden (Q8_0: 109 instructions for 4,352 bytes; Q6_K 272 for
+// 3,456; TQ2_0 321 for 2,112, 80 cycles of 141), and what counts is how many bytes are on their way. 20 KB a
+// multiprocessor would do for 800 ns of latency (Little); at the start of a matrix there are
+//
+//     Q4_K, LANES 16    blocks  warps  steps a warp  blocks resident  KB under way   MB    at least
+//     1B   2048 x  2048   128      8        1               1              18         2.4    0.7 us
+//          8192 x  2048   512      8        1               4              72         9.4    2.8
+//          2048 x  8192   128     16        2               1              36         9.4    2.8
+//     8B   4096 x  4096   256     16        1               2              72         9.4    2.8
+//          1024 x  4096    64     16        1               1              36         2.4    0.7
+//         14336 x  4096   896      8        2               4              72          33    9.9
+//          4096 x 14336   256     14        4               2              63          33    9.9
+//        128256 x  4096  8016      8        2               4              72         296     88
+//
+// Q8_0 has 34 to 136 KB under way, TQ2_0, two chunks a thread, 8 to 66 (8 in the 1B shape's smallest, which is 8 KB a
+// multiprocessor in all). The 4096 x 4096 matrix is on its way as a whole as soon as the kernel runs.
+//
+// 64 registers a thread (two blocks of 16 warps), 85 for 6 and 7 bits and codebooks of floats (two of 12), 128 for
+// several tokens; ptxas spills nothing for one token, and 28 bytes for 8 tokens of Q4_K. nvcc takes 0.5 to 1 s a
+// module.
+//
+// Considered: two chunks a thread for 4 bits (96 registers, half as many warps, as many bytes: nothing won on paper,
+// and fewer warps to hide the sums' latency); loads of 512 bytes side by side for a warp instead of 8 pieces of 64
+// (scales would be decoded four times as often; every sector is whole either way); asynchronous copies to shared memory
+// (another path for sm_75). PERSISTENT: blocks that stay and go from strip to strip, the next one's loads under way
+// while sums are joined, for long matrices (14336 x 4096: 896 strips for 528 blocks at a time); 8 bytes spilled for
+// Q4_K, 28 for Q8_0. To be tried on a device: nothing here has been timed on one.
+#include "steps.cuh"
 #include "sums.cuh"
 
-#define MAGIC 0x4b400000  // 2**23 + 2**22 as float32: an integer below 2**22 added to these bits is added to the float
-
+#ifndef PERSISTENT
+#define PERSISTENT 0  // whether a block goes on to other strips, in steps of the grid
+#endif
 #define MIN_BLOCKS (TOKENS == 1 ? 2 : 1)  // of MOST_WARPS warps, that registers must suffice for
 
-// The inputs that a token brings to a chunk.
-struct Inputs {
-    int q[8];
-    float a;
-    u32 sums;
-};
-
-__device__ __forceinline__ void load_inputs(Inputs& to, const i8* q, const uint2* a, int chunk) {
-    const int4 low = *(const int4*)(q + 32 * chunk), high = *(const int4*)(q + 32 * chunk + 16);
-    const uint2 both = a[chunk];
-    to.q[0] = low.x, to.q[1] = low.y, to.q[2] = low.z, to.q[3] = low.w;
-    to.q[4] = high.x, to.q[5] = high.y, to.q[6] = high.z, to.q[7] = high.w;
-    to.a = __uint_as_float(both.x), to.sums = both.y;
-}
-
-// The sum of the int8 inputs of a unit.
-__device__ __forceinline__ int sum_of(u32 sums, int unit) {
-    const int all = (int)sums >> 16, half = (short)(sums & 0xffffu);
-    return UNITS == 1 ? all : unit == 0 ? half : all - half;
-}
-
-__device__ __forceinline__ float magic_to_float(int bits) { return __int_as_float(bits) - 12582912.0f; }
-
-// What the sums of a unit's products begin with.
-__device__ __forceinline__ int start_of(u32 sums, int unit) {
-    return VALUES == V_CODES && OFFSET ? MAGIC - OFFSET * sum_of(sums, unit) : MAGIC;
-}
-
-// acc += a unit's products of row r. Many tokens and one do this alike.
-__device__ __forceinline__ void add_unit(float& acc, int total, int total_low, const Inputs& x, float scale, float low,
-                                         int unit) {
-    float product = magic_to_float(total);
-    if (VALUES == V_TABLE16) product = product * 256.0f + magic_to_float(total_low);
-    acc += scale * (product * x.a);
-    if (MINIMUM) acc -= low * ((float)sum_of(x.sums, unit) * x.a);
-}
-
-struct Stage {
-    Chunk chunk;
-#if TOKENS == 1
-    Inputs inputs;
-#endif
-};
-
-__device__ __forceinline__ void load_stage(Stage& to, const Strip& from, const i8* q, const uint2* a, int chunk,
-                                           int part) {
-    load_chunk(to.chunk, from, chunk, part);
-#if TOKENS == 1
-    load_inputs(to.inputs, q, a, chunk);
-#endif
-}
-
-struct Tables {
-    u32 high[4], low[4];  // of a codebook of bytes: `high` alone
-};
-
-#if TOKENS == 1
-// One token: acc += the stage's chunk; then the stage has chunk `next`, if there is one. Each vector of codes is asked for
-// again as soon as its last code is used, so that a thread always has loads on their way.
-__device__ __forceinline__ void step(Stage& stage, float (&acc)[4], const Strip& from, const Tables& book, const i8* q,
-                                     const uint2* a, int here, int next, int chunks, int part, int) {
-    Chunk& c = stage.chunk;
-    Inputs& x = stage.inputs;
-    const u8* codes = codes_at(from, next, part);
-    int total[UNITS][4], total_low[UNITS][4];
-#pragma unroll
-    for (int u = 0; u < UNITS; u++)
-#pragma unroll
-        for (int r = 0; r < 4; r++) total[u][r] = start_of(x.sums, u), total_low[u][r] = MAGIC;
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-#pragma unroll
-        for (int r = 0; r < 4; r++) {
-            int w, v;
-            pair_of(c, book.high, k, r, w, v);
-            total[0][r] = __dp4a(w, x.q[k], total[0][r]);
-            total[UNITS - 1][r] = __dp4a(v, x.q[k + 4], total[UNITS - 1][r]);
-            if (VALUES != V_TABLE16) continue;
-            pair_of(c, book.low, k, r, w, v);
-            total_low[0][r] = __dp4a(w, x.q[k], total_low[0][r]);
-            total_low[UNITS - 1][r] = __dp4a(v, x.q[k + 4], total_low[UNITS - 1][r]);
-        }
-        if (next < chunks) load_codes(c, codes, k);
-    }
-    float scales[UNITS][4], low[UNITS][4];
-    scales_of(c, here, scales, low);
-    if (next < chunks) load_scales(c, from, next, part);
-#pragma unroll
-    for (int r = 0; r < 4; r++)
-#pragma unroll
-        for (int u = 0; u < UNITS; u++) add_unit(acc[r], total[u][r], total_low[u][r], x, scales[u][r], low[u][r], u);
-    if (next < chunks) load_inputs(x, q, a, next);
-}
-#else
-// Several tokens: the chunk is unpacked once, then the stage's next chunk is asked for.
-__device__ __forceinline__ void step(Stage& stage, float (&acc)[4 * TOKENS], const Strip& from, const Tables& book,
-                                     const i8* q, const uint2* a, int here, int next, int chunks, int part, int last) {
-    float scales[UNITS][4], low[UNITS][4];
-    int w[4][8], w_low[4][8];
-    scales_of(stage.chunk, here, scales, low);
-#pragma unroll
-    for (int r = 0; r < 4; r++)
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            pair_of(stage.chunk, book.high, k, r, w[r][k], w[r][k + 4]);
-            if (VALUES == V_TABLE16) pair_of(stage.chunk, book.low, k, r, w_low[r][k], w_low[r][k + 4]);
-        }
-    if (next < chunks) load_chunk(stage.chunk, from, next, part);
-#pragma unroll
-    for (int t = 0; t < TOKENS; t++) {
-        const int token = min(t, last);
-        Inputs x;
-        load_inputs(x, q + (size_t)token * 32 * chunks, a + (size_t)token * chunks, here);
-#pragma unroll
-        for (int r = 0; r < 4; r++)
-#pragma unroll
-            for (int u = 0; u < UNITS; u++) {
-                int total = start_of(x.sums, u), total_low = MAGIC;
-#pragma unroll
-                for (int k = u * 8 / UNITS; k < (u + 1) * 8 / UNITS; k++) {
-                    total = __dp4a(w[r][k], x.q[k], total);
-                    if (VALUES == V_TABLE16) total_low = __dp4a(w_low[r][k], x.q[k], total_low);
-                }
-                add_unit(acc[4 * t + r], total, total_low, x, scales[u][r], low[u][r], u);
-            }
-    }
-}
-#endif
-
 // out (n, rows) = factor * x (n, cols) @ weight.T (+ bias (rows,)) (+ residual (n, rows)), x as `quantize` leaves it.
-// Grid: (strips, tiles of TOKENS tokens); what a tile has beyond n repeats the last token and is not written.
-extern "C" __global__ void __launch_bounds__(32 * MOST_WARPS, MIN_BLOCKS)
+// Where `squares` ((cols + 31) / 32,) is not null, the inputs are those of one token before its norm (see fused.cu),
+// and the products are multiplied with what the norm is.
+// Grid: (strips, or fewer where PERSISTENT, tiles of TOKENS tokens); what a tile has beyond n repeats the last token
+// and is not written.
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, MIN_BLOCKS)
     matvec(const u8* codes, const u8* d, const u8* scale, const u8* dmin, const u8* minimum, const u8* tables,
-           const i8* q, const uint2* a, const float* bias, const float* residual, float* out, int rows, int chunks,
-           int n, float factor) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const int part = lane % PARTS, strip = blockIdx.x, first_token = blockIdx.y * TOKENS;
-    const Strip from = strip_of(codes, d, scale, dmin, minimum, strip, chunks);
-    const int stride = warps * STEP;
-    int chunk = warp * STEP + lane / PARTS;
+           const i8* q, const uint2* a, const float* squares, const float* bias, const float* residual, float* out,
+           int rows, int cols, int n, float factor, float eps) {
+    const int warp = threadIdx.x / 32, first_token = blockIdx.y * TOKENS, chunks = (cols + 31) / 32;
+    const int strips = (rows + LANES - 1) / LANES;
+    const Share share = share_of(warp, blockDim.x / 32, chunks);
+    int strip = blockIdx.x;
+    Strip from = strip_of(codes, d, scale, dmin, minimum, strip, chunks);
     q += (size_t)first_token * 32 * chunks, a += (size_t)first_token * chunks;
-
     Stage stages[STAGES];
-#pragma unroll
-    for (int k = 0; k < STAGES; k++)
-        if (chunk + k * stride < chunks) load_stage(stages[k], from, q, a, chunk + k * stride, part);
+    begin(stages, share, from, q, a);
     Tables book = {};
-    if (IS_TABLE) load_words(book.high, tables);
-    if (VALUES == V_TABLE16) load_words(book.low, tables + VECTOR);
-
-    float acc[4 * TOKENS];
-#pragma unroll
-    for (int i = 0; i < 4 * TOKENS; i++) acc[i] = 0.0f;
-    for (; chunk < chunks; chunk += STAGES * stride) {
-#pragma unroll
-        for (int k = 0; k < STAGES; k++) {
-            const int here = chunk + k * stride;
-            if (here >= chunks) break;
-            step(stages[k], acc, from, book, q, a, here, here + STAGES * stride, chunks, part, n - 1 - first_token);
+    load_tables(book, tables);
+    __shared__ float norm;
+    if (TOKENS == 1 && warp == 0) {  // while the weights are on their way
+        const float found = squares ? norm_of(squares, chunks, cols, eps) : 1.0f;
+        if (threadIdx.x == 0) norm = found * factor;
+    } else if (TOKENS > 1 && threadIdx.x == 0)
+        norm = factor;
+    for (;;) {
+        float acc[4 * TOKENS];
+        run(acc, stages, share, from, book, q, a, n - 1 - first_token);
+        const int next = PERSISTENT ? strip + gridDim.x : strips;
+        if (next < strips) {
+            from = strip_of(codes, d, scale, dmin, minimum, next, chunks);
+            begin(stages, share, from, q, a);
         }
+        finish<TOKENS, 4, PARTS>(acc, strip, first_token, rows, n, &norm, bias, residual, out);
+        if (next >= strips) break;
+        strip = next;
+        __syncthreads();  // the sums of this strip have been read
     }
-    finish<TOKENS, 4, PARTS>(acc, strip, first_token, rows, n, factor, bias, residual, out);
 }

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from . import encode, loader, weights
+from . import attention, encode, loader, weights
 from .loader import Module
 
-PLAIN: tuple[str, ...] = ("elementwise.cu", "sample.cu")  # compiled without macros
+PLAIN: tuple[str, ...] = ("elementwise.cu", "prompt.cu", "sample.cu")  # compiled without macros
+# head_dim and queries a key head: of the networks there are, and the ends of what attention.cu takes
+HEADS = ((64, 3), (64, 8), (80, 1), (128, 1), (128, 4), (128, 8), (34, 3), (2, 1), (256, 16), (250, 16))
 
 
 def modules() -> Iterator[Module]:
     """Each of them; some more than once. Weights are packed in strips of 16 or 8 rows, as the host's processor is."""
     for file in PLAIN:
         yield loader.module(file)
+    for head_dim, group in HEADS:
+        yield attention.attend_module(head_dim, group)
     yield encode.MODULE
     for lanes in (16, 8):
         yield from weights.modules(lanes=lanes)

@@ -1,5 +1,5 @@
-// Plain numbers in strips of columns (strips, cols, LANES): what a thread takes of them, 16 bytes at a time. NUMBER says
-// what they are.
+// Plain numbers in strips of columns (strips, cols, LANES): what a thread takes of them, 16 bytes at a time. NUMBER
+// says what they are.
 #pragma once
 #include "common.cuh"
 #include "stream.cuh"

@@ -1,4 +1,7 @@
-// HEADER
+// Plain numbers in strips of columns back to rows: float16 for cuBLAS (`plain_unpack`), float32 (`plain_embed`).
+//
+// plain_unpack: a block transposes a strip's tile of TILE columns in shared memory: 16-byte reads, 512 bytes of a row a
+// warp written at a time. float16 is copied bit for bit; else rounding is as in unpack.cu. Not timed on a device.
 #include "plain.cuh"
 
 #define THREADS 128

@@ -1,5 +1,6 @@
-// How weights are read, and rounded to halves. They are read once and need no place in the first-level cache, where inputs are to stay. `volatile`
-// keeps their order, so that the compiler does not move a load down to where its result is used.
+// How weights are read, and rounded to halves. They are read once and need no place in the first-level cache, where
+// inputs are to stay. `volatile` keeps their order, so that the compiler does not move a load down to where its result
+// is used.
 #pragma once
 #include "common.cuh"
 

@@ -3,9 +3,12 @@
 #pragma once
 #include "common.cuh"
 
+#define MOST_THREADS (32 * MOST_WARPS)
+
 // Sums of the first LEFT values over the lanes that have the same rows: those whose numbers are alike below SHARE. At
-// each step a lane hands half of its sums over and takes up the other half, so that about LEFT shuffles do. Afterwards a
-// lane has LEFT * SHARE / 32 sums, at least one, from number `first` on; where several have the same ones, `writes` is true in one.
+// each step a lane hands half of its sums over and takes up the other half, so that about LEFT shuffles do. Afterwards
+// a lane has LEFT * SHARE / 32 sums, at least one, from number `first` on; where several have the same ones, `writes`
+// is true in one.
 template <int LEFT, int BIT, int SHARE, int N>
 __device__ __forceinline__ void reduce(float (&acc)[N], int lane, int& first, bool& writes) {
     if constexpr (BIT >= SHARE) {
@@ -25,14 +28,21 @@ __device__ __forceinline__ void reduce(float (&acc)[N], int lane, int& first, bo
     }
 }
 
-// acc: sums of R rows (from R * (lane % SHARE) of the strip on) of T tokens each, in every thread of a block of at
-// most MOST_WARPS warps. out (n, rows) = factor * their sums over the block (+ bias (rows,)) (+ residual (n, rows)).
-// `residual` may be `out`.
+__device__ __forceinline__ float extra_of(const float* bias, const float* residual, int row, int token, int rows) {
+    return (bias ? bias[row] : 0.0f) + (residual ? residual[(size_t)token * rows + row] : 0.0f);
+}
+
+// acc: sums of R rows (from R * (lane % SHARE) of the strip on) of T tokens each, in every thread of a block of at most
+// MOST_WARPS warps. out (n, rows) = *factor (in shared memory) * their sums over the block (+ bias (rows,)) (+ residual
+// (n, rows)). `residual` may be `out`.
 template <int T, int R, int SHARE>
-__device__ __forceinline__ void finish(float (&acc)[T * R], int strip, int first_token, int rows, int n, float factor,
-                                       const float* bias, const float* residual, float* out) {
+__device__ __forceinline__ void finish(float (&acc)[T * R], int strip, int first_token, int rows, int n,
+                                       const float* factor, const float* bias, const float* residual, float* out) {
     __shared__ float partial[MOST_WARPS][T * R * SHARE];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int i0 = threadIdx.x, row0 = strip * (R * SHARE) + i0 % (R * SHARE), token0 = first_token + i0 / (R * SHARE);
+    float extra0 = 0.0f;  // asked for now, so that it is there when the sums are
+    if (i0 < T * R * SHARE && row0 < rows && token0 < n) extra0 = extra_of(bias, residual, row0, token0, rows);
     constexpr int left = T * R * SHARE > 32 ? T * R * SHARE / 32 : 1;
     int first = 0;
     bool writes = true;
@@ -45,15 +55,12 @@ __device__ __forceinline__ void finish(float (&acc)[T * R], int strip, int first
         }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < T * R * SHARE; i += blockDim.x) {
+    for (int i = i0; i < T * R * SHARE; i += blockDim.x) {
         const int row = strip * (R * SHARE) + i % (R * SHARE), token = first_token + i / (R * SHARE);
         if (row >= rows || token >= n) continue;
         float sum = 0.0f;
         for (int w = 0; w < warps; w++) sum += partial[w][i];
-        const size_t at = (size_t)token * rows + row;
-        sum *= factor;
-        if (bias) sum += bias[row];
-        if (residual) sum += residual[at];
-        out[at] = sum;
+        const float extra = i == i0 ? extra0 : extra_of(bias, residual, row, token, rows);
+        out[(size_t)token * rows + row] = sum * *factor + extra;
     }
 }

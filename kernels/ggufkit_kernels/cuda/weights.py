@@ -52,7 +52,8 @@ def layout_defines(layout: Layout, lanes: int = LANES) -> dict[str, int | str]:
 
 def most_warps(layout: Layout) -> int:
     """Warps of a block of a matvec, so many that two blocks find registers on a multiprocessor: 64 a thread, or 85."""
-    return 12 if layout.bits in (6, 7) or (layout.bits == 5 and layout.group == 16) else 16
+    many = layout.bits in (6, 7) or (layout.bits == 5 and layout.group == 16) or layout.values == "table16"
+    return 12 if many else 16
 
 
 def stages_of(layout: Layout, tokens: int) -> int:
@@ -61,11 +62,17 @@ def stages_of(layout: Layout, tokens: int) -> int:
     return 2 if few and tokens <= 2 else 1
 
 
-def matvec_module(layout: Layout, tokens: int, lanes: int = LANES) -> Module:
-    """The module of products with a tile of `tokens` tokens."""
+def matvec_module(layout: Layout, tokens: int, lanes: int = LANES, persistent: bool = False) -> Module:
+    """The module of products with a tile of `tokens` tokens; `persistent`: of blocks that take several strips."""
     file = "plain.cu" if layout.is_plain else "matvec.cu"
-    macros = layout_defines(layout, lanes)
+    macros = layout_defines(layout, lanes) | ({"PERSISTENT": 1} if persistent else {})
     return module(file, TOKENS=tokens, STAGES=stages_of(layout, tokens), MOST_WARPS=most_warps(layout), **macros)
+
+
+def fused_module(layout: Layout, lanes: int = LANES) -> Module:
+    """The module of one token's products with what follows them."""
+    macros = layout_defines(layout, lanes)
+    return module("fused.cu", TOKENS=1, STAGES=stages_of(layout, 1), MOST_WARPS=most_warps(layout), **macros)
 
 
 def unpack_module(layout: Layout, lanes: int = LANES) -> Module:
@@ -93,15 +100,18 @@ def modules(types: Iterable[TensorType] | None = None, lanes: int = LANES) -> It
     """All modules that matrices of these types (None: all that are registered) and their inputs need, each once."""
     types = TYPES.values() if types is None else types
     yield INPUTS
+    yield PREFETCH
     for layout in dict.fromkeys(map(layout_of_type, types)):
         yield unpack_module(layout, lanes)
         for tokens in TILES:
             yield matvec_module(layout, tokens, lanes)
+        if not layout.is_plain:
+            yield fused_module(layout, lanes)
 
 
 # -- inputs ---------------------------------------------------------------------------------------------
 
-INPUTS = module("inputs.cu")
+INPUTS, PREFETCH = module("inputs.cu"), module("prefetch.cu")
 
 
 def padded_cols(cols: int) -> int:
@@ -110,12 +120,18 @@ def padded_cols(cols: int) -> int:
 
 
 class Inputs:
-    """Room for n inputs of `cols` numbers as int8: `q` (n, padded), and `a`, two words for each 32 of them (inputs.cu)."""
+    """Room for n inputs of `cols` numbers as int8: `q` (n, padded), and `a`, two words for each 32 of them (inputs.cu).
 
-    def __init__(self, device: Device, n: int, cols: int):
+    `normed`: of one token, before its norm, whose factor is still to be told from `squares`, sums of each 32 squares.
+    """
+
+    def __init__(self, device: Device, n: int, cols: int, normed: bool = False):
+        assert n == 1 or not normed
         self.n, self.cols, self.padded = n, cols, padded_cols(cols)
         self.q = device.empty((n, self.padded), np.int8)
         self.a = device.empty((n, self.padded // 32, 2), np.float32)
+        self.squares = device.empty((self.padded // 32,), np.float32) if normed else None
+        self.eps = 0.0  # of that norm
 
 
 def _share(n: int, padded: int) -> tuple[int, int]:
@@ -159,9 +175,12 @@ def tile_of(n: int) -> int:
 class CudaWeight:
     """A matrix (rows, cols) in device memory."""
 
+    blocks = 0  # that stay and go from strip to strip in `matvec`; 0: a block a strip. For measurements
+
     def __init__(self, device: Device, packed: Packed):
         self.shape, self.layout, self.nbytes = packed.shape, packed.layout, packed.nbytes
         self.factor = float(packed.table_step)
+        self.codebook = packed.table.tobytes()
 
         def there(array: np.ndarray) -> Array | None:
             return device.upload(array) if array.size else None
@@ -180,14 +199,17 @@ class CudaWeight:
     @property
     def warps(self) -> int:
         """Of a block of a matvec: the same for all numbers of tokens, so that sums have one order."""
+        most = most_warps(self.layout)
+        most = most if self.strips <= MANY_STRIPS else min(most, 8)
+        return warps_of(self.steps, stages_of(self.layout, 1), most)
+
+    @property
+    def steps(self) -> int:
+        """Of a warp, for all columns of a strip."""
         if self.layout.is_plain:
             side_by_side = 16 // (4 if self.layout.values == "f32" else 2)
-            unit, share = 4, LANES // side_by_side
-        else:
-            unit, share = 32, LANES // 4
-        steps = -(-self.padded // (unit * 32 // share))
-        most = most_warps(self.layout)
-        return warps_of(steps, stages_of(self.layout, 1), most if self.strips <= MANY_STRIPS else min(most, 8))
+            return -(-self.padded // (4 * 32 * side_by_side // LANES))
+        return -(-self.padded // (32 * 32 * 4 // LANES))
 
     def matvec(
         self, x: Array | Inputs, out: Array, n: int, bias: Array | None = None, add: Array | None = None
@@ -198,13 +220,59 @@ class CudaWeight:
         """
         rows, cols = self.shape
         tokens = tile_of(n)
-        grid, threads = (self.strips, -(-n // tokens)), 32 * self.warps
-        compiled = matvec_module(self.layout, tokens)
+        stays = 0 < self.blocks < self.strips and not self.layout.is_plain
+        grid, threads = (self.blocks if stays else self.strips, -(-n // tokens)), 32 * self.warps
+        compiled = matvec_module(self.layout, tokens, persistent=stays)
         if self.layout.is_plain:
             return compiled.kernel("plain_matvec"), grid, threads, self.codes, x, bias, add, out, rows, cols, n
         assert isinstance(x, Inputs) and x.cols == cols and n <= x.n
-        args = (x.q, x.a, bias, add, out, rows, self.padded // 32, n, self.factor)
+        assert n == 1 or x.squares is None
+        args = (x.q, x.a, x.squares, bias, add, out, rows, cols, n, self.factor, x.eps)
         return compiled.kernel("matvec"), grid, threads, *self.parts, self.table, *args
+
+    def matvec_norm(
+        self,
+        x: Inputs,
+        out: Array,
+        weight: Array,
+        eps: float,
+        to: Inputs,
+        bias: Array | None = None,
+        add: Array | None = None,
+    ) -> Launch:
+        """`matvec` of one token, and what rmsnorm(out, weight, eps) makes of it as int8: `to`, which is `normed`."""
+        rows, cols = self.shape
+        assert to.squares is not None and (x.cols, to.cols) == (cols, rows)
+        to.eps = float(eps)
+        most = 2 * most_warps(self.layout) * LANES // 32
+        warps = warps_of(self.steps, stages_of(self.layout, 1), most)
+        args = (x.q, x.a, x.squares, bias, add, weight, out, to.q, to.a, to.squares)
+        args += (rows, cols, warps, self.factor, x.eps)
+        kernel = fused_module(self.layout).kernel("matvec_norm")
+        return kernel, (to.padded // 32,), 32 * warps * (32 // LANES), *self.parts, self.table, *args
+
+    def matvec_gated(self, other: CudaWeight, x: Inputs, to: Inputs, squared: bool, out: Array | None = None) -> Launch:
+        """Of one token, silu(gate) * up, or max(gate, 0)² * up where `squared`, as int8, and as `out` float32
+        (1, rows) where one is given: this matrix makes the gate, `other`, of the same shape and layout, the factor.
+        """
+        rows, cols = self.shape
+        assert self.goes_with(other) and (x.cols, to.cols) == (cols, rows)
+        most = most_warps(self.layout) * LANES // 64
+        warps = warps_of(self.steps, stages_of(self.layout, 1), most)
+        args = (x.q, x.a, x.squares, out, to.q, to.a, rows, cols, warps, self.factor, other.factor, x.eps, int(squared))
+        kernel = fused_module(self.layout).kernel("matvec_gated")
+        grid, threads = (to.padded // 32,), 64 * warps * (32 // LANES)
+        return kernel, grid, threads, *self.parts, self.table, *other.parts, *args
+
+    def goes_with(self, other: CudaWeight) -> bool:
+        """Whether `matvec_gated` takes the two: of one type, so that what codes mean is the same."""
+        same = (self.shape, self.layout, self.codebook) == (other.shape, other.layout, other.codebook)
+        return same and self.takes_bytes
+
+    def prefetch(self, nbytes: int, n_sm: int) -> Launch:
+        """Ask the second-level cache for the first nbytes of the codes; for a launch beside what comes before."""
+        lines = -(-min(nbytes, self.codes.nbytes) // 128)
+        return PREFETCH.kernel("prefetch"), (n_sm,), 128, self.codes, lines
 
     def unpack(self, first: int, last: int, out: Array) -> Launch:
         """Rows first … last - 1 as float16, row-major: out (at least last - first, cols). `first` is a multiple of the
