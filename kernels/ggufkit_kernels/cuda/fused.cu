@@ -15,7 +15,7 @@
 // of the others is still enough to keep memory busy, but a multiprocessor takes no more than about 64 bytes a cycle.
 // matvec_gated has 16 warps and two blocks a multiprocessor: 14336 rows are 448 blocks of 4 steps a warp.
 //
-// sm_90: 64 registers (80 for Q6_K); matvec_norm of Q4_K spills 16 bytes, addresses of the next chunk's scales.
+// sm_90: 64 registers (80 for Q6_K); no spills but for Q8_K, NF4, TQ1_0, TQ2_0 and Q1_0, 16 to 80 bytes.
 // Considered: the norm in front of each product, in shared memory (x and weight are 32 KB from the second-level cache
 // for each block, as much as its weights from memory); the last block to be done makes the norm (an atomic ticket; a
 // wait at the end of each kernel). Nothing here has been timed on a device.
