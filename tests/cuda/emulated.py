@@ -33,7 +33,7 @@ from ggufkit_kernels.cpu import store
 from ggufkit_kernels.cuda import loader
 from ggufkit_kernels.cuda.loader import Kernel, Module
 
-SHIM = Path(__file__).with_name("shim.h")
+SHIM = Path(__file__).with_name("shim.h"), Path(__file__).with_name("instructions.h")
 WORDS = os.environ.get("GGUFKIT_EMULATED", "").split()
 SANITIZED = "sanitize" in WORDS
 COMPILER = shutil.which("g++")
@@ -77,7 +77,9 @@ def library_path(module: Module) -> Path:
     """The module's library, compiled now if it is not there."""
     assert COMPILER is not None, "there is no g++"
     text = generated(module)
-    digest = hashlib.sha256("\0".join([text, SHIM.read_text(), *FLAGS, COMPILER]).encode()).hexdigest()[:20]
+    digest = hashlib.sha256(
+        "\0".join([text, *(path.read_text() for path in SHIM), *FLAGS, COMPILER]).encode()
+    ).hexdigest()[:20]
     stem = f"{Path(module.file).stem}-{digest}"
     library = folder() / f"{stem}.so"
     if library.exists():
@@ -88,7 +90,7 @@ def library_path(module: Module) -> Path:
             source = folder() / f"{stem}.cpp"  # stays: reports of the sanitizer name its lines
             source.write_text(text, encoding="utf-8")
             part = folder() / f"{stem}.{os.getpid()}.part"
-            command = [COMPILER, *FLAGS, f"-I{SHIM.parent}", str(source), "-o", str(part)]
+            command = [COMPILER, *FLAGS, f"-I{SHIM[0].parent}", str(source), "-o", str(part)]
             env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # of the sanitizer
             done = subprocess.run(command, capture_output=True, text=True, env=env)
             if done.returncode:
