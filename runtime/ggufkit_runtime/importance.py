@@ -70,7 +70,7 @@ def collect(
     found = Activations(n_ctx)
     recorder = Recorder(model.ops, names(model, output), found)
     if not hasattr(model.ops, "matmul"):  # a backend made of two: matrices pass it by
-        raise UnsupportedError("the inputs of a model that is split between GPU and CPU cannot be measured: -ngl 0")
+        raise UnsupportedError("a model split between GPU and CPU cannot be measured: use --device cpu")
     chunks, n_batch = windows(model, text, n_ctx, n_chunks), getattr(model.ops, "n_batch", N_BATCH)
     for window in chunks:
         cache = model.cache(n_ctx)

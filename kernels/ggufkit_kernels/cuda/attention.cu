@@ -19,6 +19,8 @@
 // layer, 10 us on an H100 (3.35 TB/s). With 4 queries a key head a position costs 1,024 fma and 256 conversions to
 // float: 8 + 4 cycles of a multiprocessor, for 62 * 8 positions each: 6,000 cycles, 3.5 us. Bytes in flight: a block
 // issues 16 loads of 16 bytes a thread, 64 KB; a multiprocessor needs about 18 KB (700 ns of 25 GB/s).
+// 4 queries of 128 take 128 registers on sm_90 (two blocks a multiprocessor), 142 on sm_75; ptxas spills nothing for
+// them, and 40 bytes for 16 queries of 256.
 // Not measured on a device: TILE, THREADS, the splits (ops.py: two blocks a multiprocessor).
 #include "common.cuh"
 
@@ -125,6 +127,180 @@ __device__ void join(const float* parts, int active, float (*weights)[GROUP], fl
     }
 }
 
+#define SHARE (threadIdx.x / N_VECTORS)   // which of the threads with the same dimensions
+#define COLUMN (threadIdx.x % N_VECTORS)  // which vector of them
+
+// The queries of a block and, for the span that holds the own position, its key: normed, rotated, queries scaled; key and
+// value go to the cache. All threads come.
+__device__ void load_queries(const float* q, const float* k, const float* v, const float* q_norm, const float* k_norm,
+                             const float* angles, float (*query)[PADDED], u16* key_to, u16* value_to, bool owner,
+                             int pairs, int interleaved, float eps, float scale) {
+    const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, rows = owner ? GROUP + 1 : GROUP;
+    for (int i = tid; i < (GROUP + 1) * PADDED; i += THREADS) {
+        const int g = i / PADDED, d = i % PADDED;
+        float x = 0.0f;
+        if (d < HEAD_DIM) x = g < GROUP ? q[g * HEAD_DIM + d] : k[d];
+        query[g][d] = x;
+    }
+    __syncthreads();
+    if (q_norm != nullptr) {
+        for (int g = warp; g < rows; g += WARPS) norm_row(query[g], g < GROUP ? q_norm : k_norm, eps, lane);
+    }
+    __syncthreads();
+    for (int i = tid; i < rows * pairs; i += THREADS) {
+        const int g = i / pairs, pair = i % pairs;
+        const int first = interleaved ? 2 * pair : pair, second = interleaved ? first + 1 : first + pairs;
+        const float cosine = angles[pair], sine = angles[pairs + pair], a = query[g][first], b = query[g][second];
+        query[g][first] = a * cosine - b * sine;
+        query[g][second] = a * sine + b * cosine;
+    }
+    __syncthreads();
+    if (owner) {
+        for (int d = tid; d < HEAD_DIM; d += THREADS) {
+            key_to[d] = float_to_half(query[GROUP][d]);
+            value_to[d] = float_to_half(v[d]);
+        }
+    }
+    for (int i = tid; i < GROUP * PADDED; i += THREADS) query[i / PADDED][i % PADDED] *= scale * LOG2_E;
+}
+
+// AHEAD of a thread's values of a tile at `values`, from its `first`-th position on, of `count` positions.
+__device__ __forceinline__ void load_values(Vector (&ahead)[AHEAD], const u16* values, int first, int count) {
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+        const int p = SHARE + (first + i) * SHARES;
+        set_zero(ahead[i]);
+        if (SHARE < SHARES && p < count) ahead[i] = *(const Vector*)(values + (size_t)p * HEAD_DIM + COLUMN * VEC);
+    }
+}
+
+// Scores of a tile at `keys` (count, HEAD_DIM). Which key: threadIdx.x / LANES_PER_KEY; which of its vectors: sub,
+// sub + LANES_PER_KEY, … All threads come.
+__device__ __forceinline__ void tile_scores(const u16* keys, int count, const float (*query)[PADDED],
+                                            float (*scores)[GROUP]) {
+    const int sub = threadIdx.x % LANES_PER_KEY, own = threadIdx.x / LANES_PER_KEY;
+    for (int p = own; p - own < count; p += 2 * KEYS_A_STEP) {
+        Vector held[2][PER_LANE];
+        float dot[2][GROUP];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+#pragma unroll
+            for (int i = 0; i < PER_LANE; i++) {
+                const int at = sub + i * LANES_PER_KEY, position = p + j * KEYS_A_STEP;
+                set_zero(held[j][i]);
+                if (at < N_VECTORS && position < count) {
+                    held[j][i] = *(const Vector*)(keys + (size_t)position * HEAD_DIM + at * VEC);
+                }
+            }
+#pragma unroll
+            for (int g = 0; g < GROUP; g++) dot[j][g] = 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < PER_LANE; i++) {
+            float x[2][VEC];
+            to_floats(held[0][i], x[0]);
+            to_floats(held[1][i], x[1]);
+            const int at = (sub + i * LANES_PER_KEY) * VEC;
+#pragma unroll
+            for (int g = 0; g < GROUP; g++) {
+                float y[VEC];
+                read_floats<VEC>(query[g] + at, y);
+#pragma unroll
+                for (int e = 0; e < VEC; e++) dot[0][g] += y[e] * x[0][e], dot[1][g] += y[e] * x[1][e];
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+#pragma unroll
+            for (int g = 0; g < GROUP; g++) {
+                for (int m = LANES_PER_KEY / 2; m > 0; m >>= 1) dot[j][g] += __shfl_xor_sync(FULL_WARP, dot[j][g], m);
+                const int position = p + j * KEYS_A_STEP;
+                if (sub == 0 && position < count) scores[position][g] = dot[j][g];
+            }
+        }
+    }
+}
+
+// Scores become exp2(score - maximum); maxima, sums, and what earlier sums and values are multiplied with. All come.
+__device__ __forceinline__ void tile_softmax(float (*scores)[GROUP], int count, float* maxima, float* sums,
+                                             float* factors) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int g = warp; g < GROUP; g += WARPS) {
+        const float before = maxima[g];
+        float top = before, total = 0.0f;
+        for (int p = lane; p < count; p += 32) top = fmaxf(top, scores[p][g]);
+        top = warp_max(top);
+        for (int p = lane; p < count; p += 32) {
+            const float e = exp2f(scores[p][g] - top);
+            scores[p][g] = e;
+            total += e;
+        }
+        total = warp_sum(total);
+        if (lane == 0) {
+            const float factor = exp2f(before - top);
+            maxima[g] = top, factors[g] = factor, sums[g] = sums[g] * factor + total;
+        }
+    }
+}
+
+// acc = acc * factor + weights * values of a tile; `ahead` has the first values.
+__device__ __forceinline__ void add_values(float (&acc)[GROUP][VEC], Vector (&ahead)[AHEAD], const u16* values, int count,
+                                           const float (*scores)[GROUP], const float* factors) {
+#pragma unroll
+    for (int g = 0; g < GROUP; g++) {
+        for (int e = 0; e < VEC; e++) acc[g][e] *= factors[g];
+    }
+    for (int first = 0; first < PER_SHARE; first += AHEAD) {
+        if (first) load_values(ahead, values, first, count);
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            const int p = SHARE + (first + i) * SHARES;
+            if (SHARE < SHARES && p < count) {
+                float x[VEC], weights[GROUP];
+                to_floats(ahead[i], x);
+                read_floats<GROUP>(scores[p], weights);
+#pragma unroll
+                for (int g = 0; g < GROUP; g++) {
+#pragma unroll
+                    for (int e = 0; e < VEC; e++) acc[g][e] += weights[g] * x[e];
+                }
+            }
+        }
+    }
+}
+
+// The sum of acc over the shares, HEADS_A_PASS queries at a time: to `part`, or over the sums to `result` where the span
+// is the only one. All threads come.
+__device__ __forceinline__ void leave(const float (&acc)[GROUP][VEC], float* pool, const float* sums, bool only,
+                                      float* part, float* result) {
+    const int tid = threadIdx.x;
+#pragma unroll
+    for (int g0 = 0; g0 < GROUP; g0 += HEADS_A_PASS) {
+        __syncthreads();
+#pragma unroll
+        for (int h = 0; h < HEADS_A_PASS; h++) {
+            if (SHARE < SHARES && g0 + h < GROUP) {
+#pragma unroll
+                for (int e = 0; e < VEC; e++) {
+                    pool[(h * SHARES + SHARE) * HEAD_DIM + COLUMN * VEC + e] = acc[g0 + h < GROUP ? g0 + h : 0][e];
+                }
+            }
+        }
+        __syncthreads();
+        for (int i = tid; i < HEADS_A_PASS * HEAD_DIM; i += THREADS) {
+            const int h = i / HEAD_DIM, d = i % HEAD_DIM, g = g0 + h;
+            if (g >= GROUP) continue;
+            float total = 0.0f;
+            for (int s = 0; s < SHARES; s++) total += pool[(h * SHARES + s) * HEAD_DIM + d];
+            if (only) {
+                result[g * HEAD_DIM + d] = total / sums[g];
+            } else {
+                part[g * HEAD_DIM + d] = total;
+            }
+        }
+    }
+}
+
 // q (n_kv_heads * shared * GROUP, HEAD_DIM), k and v (n_kv_heads, HEAD_DIM), float32; q_norm, k_norm (HEAD_DIM,) or null; table
 // (…, 2 pairs): cosines, then sines of a position; pairs 0: q and k are rotated already. tickets int, one a head of the grid, zero.
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -142,40 +318,13 @@ attend(const float* q, const float* k, const float* v, const float* q_norm, cons
     const int span = ((length + (int)gridDim.y - 1) / (int)gridDim.y + TILE - 1) / TILE * TILE;
     const int begin = split * span, end = min(begin + span, length), active = (length + span - 1) / span;
     if (begin >= length) return;  // all threads of the block
-    const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
+    const int tid = threadIdx.x;
     u16* const head_keys = keys + (size_t)key_head * positions * HEAD_DIM;
     u16* const head_values = values + (size_t)key_head * positions * HEAD_DIM;
-    const bool owner = end == length;
-    const int rows = owner ? GROUP + 1 : GROUP;
-
-    // The queries, and the new key and value
-    for (int i = tid; i < (GROUP + 1) * PADDED; i += THREADS) {
-        const int g = i / PADDED, d = i % PADDED;
-        float x = 0.0f;
-        if (d < HEAD_DIM) x = g < GROUP ? q[(size_t)(head * GROUP + g) * HEAD_DIM + d] : k[key_head * HEAD_DIM + d];
-        query[g][d] = x;
-    }
-    __syncthreads();
-    if (q_norm != nullptr) {
-        for (int g = warp; g < rows; g += WARPS) norm_row(query[g], g < GROUP ? q_norm : k_norm, eps, lane);
-    }
-    __syncthreads();
-    const float* const angles = table + (size_t)own * 2 * pairs;
-    for (int i = tid; i < rows * pairs; i += THREADS) {
-        const int g = i / pairs, pair = i % pairs;
-        const int first = interleaved ? 2 * pair : pair, second = interleaved ? first + 1 : first + pairs;
-        const float cosine = angles[pair], sine = angles[pairs + pair], a = query[g][first], b = query[g][second];
-        query[g][first] = a * cosine - b * sine;
-        query[g][second] = a * sine + b * cosine;
-    }
-    __syncthreads();
-    if (owner) {
-        for (int d = tid; d < HEAD_DIM; d += THREADS) {
-            head_keys[(size_t)own * HEAD_DIM + d] = float_to_half(query[GROUP][d]);
-            head_values[(size_t)own * HEAD_DIM + d] = float_to_half(v[key_head * HEAD_DIM + d]);
-        }
-    }
-    for (int i = tid; i < GROUP * PADDED; i += THREADS) query[i / PADDED][i % PADDED] *= scale * LOG2_E;
+    const size_t at = (size_t)own * HEAD_DIM;
+    load_queries(q + (size_t)head * GROUP * HEAD_DIM, k + key_head * HEAD_DIM, v + key_head * HEAD_DIM, q_norm, k_norm,
+                 table + (size_t)own * 2 * pairs, query, head_keys + at, head_values + at, end == length, pairs,
+                 interleaved, eps, scale);
     if (tid < GROUP) maxima[tid] = __uint_as_float(0xff800000u), sums[tid] = 0.0f;
     __syncthreads();  // what was written to the cache is seen by this block
 
@@ -184,140 +333,22 @@ attend(const float* q, const float* k, const float* v, const float* q_norm, cons
     for (int g = 0; g < GROUP; g++) {
         for (int e = 0; e < VEC; e++) acc[g][e] = 0.0f;
     }
-    const int share = tid / N_VECTORS, vector = tid % N_VECTORS;
     for (int tile = begin; tile < end; tile += TILE) {
         const int count = min(TILE, end - tile);
+        const u16* const values_here = head_values + (size_t)tile * HEAD_DIM;
         Vector ahead[AHEAD];
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            const int p = share + i * SHARES;
-            set_zero(ahead[i]);
-            if (share < SHARES && p < count) {
-                ahead[i] = *(const Vector*)(head_values + (size_t)(tile + p) * HEAD_DIM + vector * VEC);
-            }
-        }
-        // Scores. Which key: tid / LANES_PER_KEY; which of its vectors: sub, sub + LANES_PER_KEY, …
-        const int sub = tid % LANES_PER_KEY;
-        for (int p = tid / LANES_PER_KEY; p - tid / LANES_PER_KEY < count; p += 2 * KEYS_A_STEP) {
-            Vector held[2][PER_LANE];
-            float dot[2][GROUP];
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-#pragma unroll
-                for (int i = 0; i < PER_LANE; i++) {
-                    const int at = sub + i * LANES_PER_KEY, position = p + j * KEYS_A_STEP;
-                    set_zero(held[j][i]);
-                    if (at < N_VECTORS && position < count) {
-                        held[j][i] = *(const Vector*)(head_keys + (size_t)(tile + position) * HEAD_DIM + at * VEC);
-                    }
-                }
-#pragma unroll
-                for (int g = 0; g < GROUP; g++) dot[j][g] = 0.0f;
-            }
-#pragma unroll
-            for (int i = 0; i < PER_LANE; i++) {
-                float x[2][VEC];
-                to_floats(held[0][i], x[0]);
-                to_floats(held[1][i], x[1]);
-                const int at = (sub + i * LANES_PER_KEY) * VEC;
-#pragma unroll
-                for (int g = 0; g < GROUP; g++) {
-                    float y[VEC];
-                    read_floats<VEC>(query[g] + at, y);
-#pragma unroll
-                    for (int e = 0; e < VEC; e++) dot[0][g] += y[e] * x[0][e], dot[1][g] += y[e] * x[1][e];
-                }
-            }
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-#pragma unroll
-                for (int g = 0; g < GROUP; g++) {
-                    for (int m = LANES_PER_KEY / 2; m > 0; m >>= 1) dot[j][g] += __shfl_xor_sync(FULL_WARP, dot[j][g], m);
-                    const int position = p + j * KEYS_A_STEP;
-                    if (sub == 0 && position < count) scores[position][g] = dot[j][g];
-                }
-            }
-        }
+        load_values(ahead, values_here, 0, count);
+        tile_scores(head_keys + (size_t)tile * HEAD_DIM, count, query, scores);
         __syncthreads();
-        for (int g = warp; g < GROUP; g += WARPS) {
-            const float before = maxima[g];
-            float top = before, total = 0.0f;
-            for (int p = lane; p < count; p += 32) top = fmaxf(top, scores[p][g]);
-            top = warp_max(top);
-            for (int p = lane; p < count; p += 32) {
-                const float e = exp2f(scores[p][g] - top);
-                scores[p][g] = e;
-                total += e;
-            }
-            total = warp_sum(total);
-            if (lane == 0) {
-                const float factor = exp2f(before - top);
-                maxima[g] = top, factors[g] = factor, sums[g] = sums[g] * factor + total;
-            }
-        }
+        tile_softmax(scores, count, maxima, sums, factors);
         __syncthreads();
-        // Values
-#pragma unroll
-        for (int g = 0; g < GROUP; g++) {
-            for (int e = 0; e < VEC; e++) acc[g][e] *= factors[g];
-        }
-        for (int first = 0; first < PER_SHARE; first += AHEAD) {
-            if (first) {
-#pragma unroll
-                for (int i = 0; i < AHEAD; i++) {
-                    const int p = share + (first + i) * SHARES;
-                    set_zero(ahead[i]);
-                    if (share < SHARES && p < count) {
-                        ahead[i] = *(const Vector*)(head_values + (size_t)(tile + p) * HEAD_DIM + vector * VEC);
-                    }
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < AHEAD; i++) {
-                const int p = share + (first + i) * SHARES;
-                if (share < SHARES && p < count) {
-                    float x[VEC], weights[GROUP];
-                    to_floats(ahead[i], x);
-                    read_floats<GROUP>(scores[p], weights);
-#pragma unroll
-                    for (int g = 0; g < GROUP; g++) {
-#pragma unroll
-                        for (int e = 0; e < VEC; e++) acc[g][e] += weights[g] * x[e];
-                    }
-                }
-            }
-        }
+        add_values(acc, ahead, values_here, count, scores, factors);
         __syncthreads();  // before the next tile's scores
     }
 
-    // The sum over the shares, HEADS_A_PASS queries at a time
     float* const part = parts + ((size_t)head * gridDim.y + split) * PART;
     float* const result = out + (size_t)head * GROUP * HEAD_DIM;
-#pragma unroll
-    for (int g0 = 0; g0 < GROUP; g0 += HEADS_A_PASS) {
-        __syncthreads();
-#pragma unroll
-        for (int h = 0; h < HEADS_A_PASS; h++) {
-            if (share < SHARES && g0 + h < GROUP) {
-#pragma unroll
-                for (int e = 0; e < VEC; e++) {
-                    pool[(h * SHARES + share) * HEAD_DIM + vector * VEC + e] = acc[g0 + h < GROUP ? g0 + h : 0][e];
-                }
-            }
-        }
-        __syncthreads();
-        for (int i = tid; i < HEADS_A_PASS * HEAD_DIM; i += THREADS) {
-            const int h = i / HEAD_DIM, d = i % HEAD_DIM, g = g0 + h;
-            if (g >= GROUP) continue;
-            float total = 0.0f;
-            for (int s = 0; s < SHARES; s++) total += pool[(h * SHARES + s) * HEAD_DIM + d];
-            if (active == 1) {
-                result[g * HEAD_DIM + d] = total / sums[g];
-            } else {
-                part[g * HEAD_DIM + d] = total;
-            }
-        }
-    }
+    leave(acc, pool, sums, active == 1, part, result);
     if (active == 1) return;  // all threads of the block
     if (tid < GROUP) part[GROUP * HEAD_DIM + 2 * tid] = maxima[tid], part[GROUP * HEAD_DIM + 2 * tid + 1] = sums[tid];
     __threadfence();
