@@ -13,6 +13,7 @@ from ggufkit_formats.errors import UsageError
 from ggufkit_runtime.evaluate import Z95
 
 from ggufkit import quality
+from ggufkit.quantize.file_types import PLAIN
 
 Result = Mapping[str, Any]
 HEADER = ("type", "bits/weight", "MB", "perplexity", "KL divergence", "KL, with importance", "same top token",
@@ -93,14 +94,12 @@ def inserted(page: str, name: str, text: str) -> str | None:
 # -- the plot --------------------------------------------------------------------------------------
 
 FAMILIES = (  # prefix of the type's name, family, colour (Okabe and Ito's, which the colour-blind can tell apart)
-    (("F16", "BF16"), "floats", "#000000"),
     (("IQ",), "IQ types", "#0072B2"),
     (("TQ", "Q1_0", "Q2_0"), "one to three levels", "#CC79A7"),
     (("MXFP4", "NVFP4", "NF4"), "4-bit floats, NF4", "#009E73"),
     (tuple(f"Q{n}_K" for n in range(2, 7)), "K types", "#D55E00"),
     (("Q",), "one scale a block", "#E69F00"),
 )
-SMALLEST = 1e-5  # divergences below are the rounding of the arithmetic: they would only stretch the picture
 TICKS = (1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 16)  # bits a weight
 
 
@@ -112,9 +111,9 @@ def caption(document: Mapping[str, Any]) -> str:
     """What was compared, on what; a rescaled reference is said to be one."""
     n = document["reference"]["n_tokens"]
     text = f"{n} tokens of {document['text']['name']} in windows of {document['ctx_size']}; bars: 95 % intervals."
-    small = [label for label, plain, _, _ in rows(document) if plain is not None and plain["kl_mean"] < SMALLEST]
-    if small:
-        text += f" Not drawn, with less than {SMALLEST:g}: {', '.join(small)}."
+    floats = [f"{label} {plain['kl_mean']:.1g}" for label, plain, *_ in rows(document) if plain and label in PLAIN]
+    if floats:
+        text += f" Not drawn: {', '.join(floats)}."
     seed = document["rescale_seed"]
     if seed is None:
         return f"Reference: the model as F32. {text}"
@@ -126,10 +125,15 @@ def caption(document: Mapping[str, Any]) -> str:
 
 
 def points(document: Mapping[str, Any]) -> list[tuple[str, Result, bool]]:
-    """(label, result, whether it has importance); of a type that has both, the label stands at the lower one."""
+    """(label, result, whether it has importance); of a type that has both, the label stands at the lower one.
+
+    F16 and BF16, at 16 bits and next to nothing, would only push the others together, and stand in the caption.
+    """
     found = []
     for label, plain, weighted, _ in rows(document):
-        both = [(r, kind) for r, kind in ((plain, False), (weighted, True)) if r and r["kl_mean"] >= SMALLEST]
+        if label in PLAIN:
+            continue
+        both = [(r, kind) for r, kind in ((plain, False), (weighted, True)) if r is not None]
         lowest = min((result["kl_mean"] for result, _ in both), default=0)
         found += [(label if result["kl_mean"] == lowest else "", result, kind) for result, kind in both]
     return found
