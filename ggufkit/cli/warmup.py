@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from ggufkit_formats.blocks import ScaledType
 from ggufkit_formats.errors import UnsupportedError, UsageError
 
 from . import screen
@@ -24,6 +23,8 @@ TYPES = "q4_0,q8_0,q4_k,q5_k,q6_k,f16,bf16,f32"  # what the usual file types are
 @screen.json_option
 def command(models: tuple[str, ...], types: str | None, encoders: bool, as_json: bool) -> None:
     """Compile the kernels for MODELs, or for tensor types, into the cache; later runs only load them."""
+    from ggufkit_formats.blocks import ScaledType
+
     began = time.perf_counter()
     wanted = _types(models, types)
     with screen.Progress("loading the compiler", 1, patience=1.0):
@@ -61,7 +62,7 @@ def command(models: tuple[str, ...], types: str | None, encoders: bool, as_json:
 def _types(models: tuple[str, ...], types: str | None) -> list[Any]:
     """The tensor types of the models' matrices, or those that are named; a ScaledType where there are scales."""
     from ggufkit_formats import gguf
-    from ggufkit_formats.blocks import find
+    from ggufkit_formats.blocks import ScaledType, find
     from ggufkit_formats.blocks.base import UnknownType
     from ggufkit_runtime.generate import matrix_types
 

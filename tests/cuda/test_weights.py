@@ -16,7 +16,7 @@ from ggufkit_kernels.cpu.simd import LANES
 from ggufkit_kernels.cuda import weights
 from ggufkit_kernels.cuda.weights import CudaWeight, Inputs
 from ggufkit_kernels.ops_ref import RefOps
-from memory_tensors import from_raw, random_blocks
+from memory_tensors import from_raw, multiplied_weights, random_blocks
 from test_ops import ALL, normal, rounded_inputs
 
 SHAPES = [(1, 1), (3, 2), (LANES + 1, 1), (2 * LANES + 1, 3)]  # rows, blocks
@@ -78,7 +78,12 @@ def check_product(got, weight: CudaWeight, values: np.ndarray, x: np.ndarray, ex
 def check_weight(device, type: TensorType, rows: int, cols: int, seed: int, counts) -> None:
     """All that a matrix does, for inputs of `counts` tokens."""
     tensor = random_blocks(type, rows, cols, np.random.default_rng(seed))
-    weight, values = CudaWeight(device, pack.pack(tensor)), ref.weight(tensor).values
+    packed = pack.pack(tensor)
+    weight, values, multiplied = (
+        CudaWeight(device, packed),
+        ref.weight(tensor).values,
+        multiplied_weights(tensor, packed),
+    )
     ids = np.arange(rows)[::-1]
     assert np.array_equal(embedded(device, weight, ids).view(np.uint32), values[ids].view(np.uint32)), "embed"
     halves = np.clip(values, -65504, 65504).astype(np.float16)
@@ -90,7 +95,7 @@ def check_weight(device, type: TensorType, rows: int, cols: int, seed: int, coun
         x = normal(n, n, cols)
         bias, add = (normal(7, rows), normal(8, n, rows)) if n != 2 else (None, None)
         extra = 0.0 if bias is None else bias + add
-        check_product(product(device, weight, x, bias, add), weight, values, x, extra)
+        check_product(product(device, weight, x, bias, add), weight, multiplied, x, extra)
 
 
 def cols_of(type: TensorType, blocks: int) -> int:
@@ -157,7 +162,8 @@ def test_codes_and_inputs_at_their_ends(device, name: str) -> None:
         if blocks[field].dtype.kind == "f":
             blocks[field] = 0.5
     tensor = from_raw(type, blocks, (4, 512))
-    weight, values = CudaWeight(device, pack.pack(tensor)), ref.weight(tensor).values
+    packed = pack.pack(tensor)
+    weight, values = CudaWeight(device, packed), multiplied_weights(tensor, packed)
     x = np.where(rng.random((3, 512)) < 0.5, -127, 127).astype(np.float32)
     x[1], x[2] = 127, -127
     check_product(product(device, weight, x), weight, values, x)
@@ -284,13 +290,14 @@ def test_matvec_norm(device, name: str) -> None:
     for rows in (5, LANES, 33, 64):
         tensor = random_blocks(type, rows, cols, np.random.default_rng(rows))
         following = random_blocks(find("Q4_0"), 9, weights.padded_cols(rows), np.random.default_rng(1))
-        weight, then = CudaWeight(device, pack.pack(tensor)), CudaWeight(device, pack.pack(following))
+        packed = pack.pack(tensor)
+        weight, then = CudaWeight(device, packed), CudaWeight(device, pack.pack(following))
         x, bias, add, times = normal(1, 1, cols), normal(2, rows), normal(3, 1, rows), normal(4, rows)
         out, to = device.upload(add), Inputs(device, 1, rows, normed=True)
         args = inputs_of(device, x), out, device.upload(times), 1e-5, to, device.upload(bias), out
         device.launch(*weight.matvec_norm(*args))
         got = device.download(out)
-        check_product(got, weight, ref.weight(tensor).values, x, bias + add)
+        check_product(got, weight, multiplied_weights(tensor, packed), x, bias + add)
         check_inputs(device, to, got * times)
         padded = np.pad(got.astype(np.float64), ((0, 0), (0, -rows % 32)))
         squares = np.square(padded).reshape(-1, 32).sum(1)
