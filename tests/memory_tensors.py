@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import numpy as np
 from ggufkit_formats.blocks import Quants, TensorType
 from ggufkit_formats.tensor import Tensor
@@ -54,16 +51,9 @@ def random_blocks(type: TensorType, rows: int, cols: int, rng: np.random.Generat
     return from_raw(type, blocks, (rows, cols))
 
 
-def multiplied_weights(tensor: Tensor, packed: Any) -> np.ndarray:
-    """What a matmul multiplies with, float64 (rows, cols): the weights, but for levels that kernels hold as bytes."""
-    raw = tensor.read_rows(0, tensor.rows)
-    if packed.layout.values != "table" or packed.table_step == 1.0:
-        return tensor.type.decode(raw).astype(np.float64)
-    quants = tensor.type.quants(raw.reshape(-1).view(tensor.type.fields))
-    assert quants is not None
-    levels = packed.table[0, :16].astype(np.float64) * packed.table_step
-    blocks = replace(quants, codebook=levels[: 1 << quants.bits].astype(np.float32)).decode()
-    return blocks.reshape(tensor.rows, tensor.cols).astype(np.float64)
+def decoded(tensor: Tensor) -> np.ndarray:
+    """The weights, float64 (rows, cols)."""
+    return tensor.type.decode(tensor.read_rows(0, tensor.rows)).astype(np.float64)
 
 
 class MadeUp(TensorType):

@@ -18,7 +18,7 @@ from ggufkit_formats.tensor import Tensor
 from ggufkit_kernels.cpu.ops import CpuOps
 from ggufkit_kernels.cpu.simd import FAMILY
 from ggufkit_kernels.ops_ref import RefOps
-from memory_tensors import MadeUp, from_raw, multiplied_weights, random_blocks
+from memory_tensors import MadeUp, decoded, from_raw, random_blocks
 
 # Layouts that differ in what a family does: an offset, scales and minima, two units of 16, signed bytes, a table, a
 # table of 16-bit numbers, two d in 32 inputs. The first four are those of Q4_0, Q4_K, Q6_K and Q8_0.
@@ -66,7 +66,7 @@ def same(got: np.ndarray, want: np.ndarray, what: str) -> np.ndarray:
 def product(tensor: Tensor, x: np.ndarray, ops: CpuOps, what: str, scale: float = 1.0) -> np.ndarray:
     """ops.matmul, compared with the rounded inputs times the decoded weights (times `scale`), in float64."""
     weight = ops.weight(tensor, scale)
-    values = scale * multiplied_weights(tensor, weight.packed)
+    values = scale * decoded(tensor)
     inputs = x.astype(np.float64) if weight.packed.layout.is_plain else rounded_inputs(x)
     want, size = inputs @ values.T, np.abs(inputs) @ np.abs(values).T
     loose = 1e-4 if weight.packed.layout.values == "table16" else 1e-5  # its levels are rounded to 16 bits

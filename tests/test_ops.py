@@ -16,7 +16,7 @@ from ggufkit_kernels.cpu.ops import CpuOps
 from ggufkit_kernels.cpu.simd import get_number, put_f16
 from ggufkit_kernels.cpu.team import default_threads
 from ggufkit_kernels.ops_ref import RefOps
-from memory_tensors import MadeUp, from_raw, multiplied_weights, random_blocks
+from memory_tensors import MadeUp, decoded, from_raw, random_blocks
 
 SHAPES = [(1, 1), (3, 2), (17, 1), (33, 3)]  # rows, blocks
 LEVELS = np.linspace(-1, 1, 16).astype(np.float32) ** 3  # no integers
@@ -80,7 +80,7 @@ def test_matmul_and_embed(name: str) -> None:
             got = ops.matmul(weight, x, bias)
             plain = weight.packed.layout.is_plain
             inputs = x.astype(np.float64) if plain else rounded_inputs(x)
-            want = inputs @ multiplied_weights(tensor, weight.packed).T + (0 if bias is None else bias)
+            want = inputs @ decoded(tensor).T + (0 if bias is None else bias)
             size = np.abs(inputs) @ np.abs(values.values.astype(np.float64)).T + 1e-30
             # a minimum is subtracted after the sums: rounding goes with the parts, not with the difference
             low = weight.packed.layout.minimum
@@ -361,5 +361,5 @@ def test_a_matrix_times_a_number(name: str) -> None:
     assert np.allclose(got, exact, rtol=1e-6, atol=1e-6 * np.abs(exact[np.isfinite(exact)]).max(initial=0))
     x = normal(5, 3, exact.shape[1])
     inputs = x if mine.packed.layout.is_plain else rounded_inputs(x)
-    want = inputs @ (factor * multiplied_weights(tensor, mine.packed)).T
+    want = inputs @ (factor * decoded(tensor)).T
     assert np.allclose(ops.matmul(mine, x), want, rtol=1e-4, atol=2e-3 * np.abs(want).max())

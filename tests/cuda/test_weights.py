@@ -16,7 +16,7 @@ from ggufkit_kernels.cpu.simd import LANES
 from ggufkit_kernels.cuda import weights
 from ggufkit_kernels.cuda.weights import CudaWeight, Inputs
 from ggufkit_kernels.ops_ref import RefOps
-from memory_tensors import from_raw, multiplied_weights, random_blocks
+from memory_tensors import decoded, from_raw, random_blocks
 from test_ops import ALL, normal, rounded_inputs
 
 SHAPES = [(1, 1), (3, 2), (LANES + 1, 1), (2 * LANES + 1, 3)]  # rows, blocks
@@ -82,7 +82,7 @@ def check_weight(device, type: TensorType, rows: int, cols: int, seed: int, coun
     weight, values, multiplied = (
         CudaWeight(device, packed),
         ref.weight(tensor).values,
-        multiplied_weights(tensor, packed),
+        decoded(tensor),
     )
     ids = np.arange(rows)[::-1]
     assert np.array_equal(embedded(device, weight, ids).view(np.uint32), values[ids].view(np.uint32)), "embed"
@@ -163,7 +163,7 @@ def test_codes_and_inputs_at_their_ends(device, name: str) -> None:
             blocks[field] = 0.5
     tensor = from_raw(type, blocks, (4, 512))
     packed = pack.pack(tensor)
-    weight, values = CudaWeight(device, packed), multiplied_weights(tensor, packed)
+    weight, values = CudaWeight(device, packed), decoded(tensor)
     x = np.where(rng.random((3, 512)) < 0.5, -127, 127).astype(np.float32)
     x[1], x[2] = 127, -127
     check_product(product(device, weight, x), weight, values, x)
@@ -297,7 +297,7 @@ def test_matvec_norm(device, name: str) -> None:
         args = inputs_of(device, x), out, device.upload(times), 1e-5, to, device.upload(bias), out
         device.launch(*weight.matvec_norm(*args))
         got = device.download(out)
-        check_product(got, weight, multiplied_weights(tensor, packed), x, bias + add)
+        check_product(got, weight, decoded(tensor), x, bias + add)
         check_inputs(device, to, got * times)
         padded = np.pad(got.astype(np.float64), ((0, 0), (0, -rows % 32)))
         squares = np.square(padded).reshape(-1, 32).sum(1)

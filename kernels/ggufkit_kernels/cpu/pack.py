@@ -33,13 +33,13 @@ from ggufkit_formats.blocks import Quants
 from ggufkit_formats.errors import UsageError
 from ggufkit_formats.tensor import Tensor
 
-from .codebook import are_bytes, kind_of, tables
 from .simd import BIAS, FAMILY, LANES, QUAD, planes
 
 SLAB_NBYTES = 8 << 20  # float32 bytes of the rows that are packed at a time
 PLAIN = {"F32": "f32", "F16": "f16", "BF16": "bf16"}  # types whose bytes are kept as they are
 NUMBERS = {"f32": np.dtype("<f4"), "f16": np.dtype("<u2"), "bf16": np.dtype("<u2")}
 D_NUMBERS = {"f32": np.dtype("<f4"), "f16": np.dtype("<u2"), "e8m0": np.dtype("u1"), "e4m3": np.dtype("u1")}
+TABLE_STEPS = 127 * 256  # a float codebook's largest level, as a 16-bit number
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def canonical(quants: Quants) -> Quants | None:
         return None
     if quants.codebook is not None and quants.bits > 4:
         values = quants.codebook
-        if not are_bytes(values):
+        if not _are_bytes(values):
             return None
         quants = replace(
             quants,
@@ -178,6 +178,10 @@ def _product(d: np.ndarray, scale: np.ndarray | None, groups: int) -> np.ndarray
     return (d[:, None] * factors).reshape(-1)
 
 
+def _are_bytes(values: np.ndarray) -> bool:
+    return bool(np.all((values == np.rint(values)) & (np.abs(values.astype(np.float64)) <= 127)))
+
+
 def is_half(x: np.ndarray) -> bool:
     """Whether every float32 is a float16."""
     with np.errstate(over="ignore"):
@@ -192,8 +196,10 @@ def halves(x: np.ndarray) -> np.ndarray | None:
 
 def layout_of(quants: Quants) -> Layout | None:
     """The layout of canonical quants, or None."""
-    plain = "bytes" if quants.bits == 8 else "codes"
-    values = plain if quants.codebook is None else kind_of(quants.codebook)
+    if quants.codebook is not None:
+        values = "table" if _are_bytes(quants.codebook) else "table16"
+    else:
+        values = "bytes" if quants.bits == 8 else "codes"
     layout = Layout(
         values=values,
         bits=quants.bits,
@@ -369,12 +375,20 @@ def _quants(tensor: Tensor, start: int, stop: int) -> Quants | None:
     return None if quants is None else canonical(quants)
 
 
-def _set_table(out: Packed, levels: np.ndarray) -> None:
-    out.levels = np.zeros(16, np.float32)
-    out.levels[: len(levels)] = levels
-    values, out.table_step = tables(levels, out.layout.values)
+def _set_table(out: Packed, codebook: np.ndarray) -> None:
+    levels = np.zeros(16, np.float32)
+    levels[: len(codebook)] = codebook
+    out.levels = levels
+    whole = levels.astype(np.float64)
+    if out.layout.values == "table16":
+        out.table_step = float(np.abs(whole).max()) / TABLE_STEPS
+        whole = np.rint(whole / out.table_step)
+        low = (whole + 128) % 256 - 128
+        tables = [(whole - low) / 256, low]
+    else:
+        tables = [whole, np.zeros(16)]
     out.table = aligned((2, QUAD), np.dtype(np.int8))
-    out.table[...] = np.tile(values, QUAD // 16)
+    out.table[...] = np.tile(np.array(tables), QUAD // 16)
 
 
 def _pack_plain(tensor: Tensor, values: str, run: Callable, new: Allocate) -> Packed:
