@@ -238,15 +238,20 @@ def check_target(path: str | os.PathLike[str], nbytes: int = 0, overwrite: bool 
             raise GgufkitError(f"{target}: is a {'folder' if stat.S_ISDIR(mode) else 'device or pipe'}, not a file")
         if not overwrite and os.path.lexists(target):
             raise GgufkitError(f"{target} exists already; --overwrite (overwrite=True) replaces it")
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise GgufkitError(f"{target}: the folder {folder} cannot be written to")
-        if hasattr(os, "statvfs"):
-            space = os.statvfs(folder)
-            free = space.f_bavail * space.f_frsize
-            if space.f_blocks and free < nbytes:
-                raise GgufkitError(f"{target}: needs {nbytes} bytes, but only {free} are free in {folder}")
+        check_room(target, folder, nbytes)
     except (OSError, ValueError) as error:
         raise GgufkitError(f"{target}: {reason(error)}") from None
+
+
+def check_room(target: Path, folder: Path, nbytes: int) -> None:
+    """Raise GgufkitError where `folder` cannot be written to, or has no room for a target of `nbytes` bytes."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise GgufkitError(f"{target}: the folder {folder} cannot be written to")
+    if hasattr(os, "statvfs"):
+        space = os.statvfs(folder)
+        free = space.f_bavail * space.f_frsize
+        if space.f_blocks and free < nbytes:
+            raise GgufkitError(f"{target}: needs {nbytes} bytes, but only {free} are free in {folder}")
 
 
 class Writer:

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 from ggufkit_formats.errors import GgufkitError
+from ggufkit_formats.gguf_writer import check_room
 from ggufkit_formats.source import reason
 
 # What an export writes, and so all that one with `overwrite` may take away
@@ -36,13 +37,7 @@ def check(target: Path, nbytes: int, overwrite: bool) -> None:
             raise GgufkitError(f"{target}: holds {others[0]!r}, which no export writes: the folder is not replaced")
         if not parent.is_dir():
             raise GgufkitError(f"{target}: there is no folder {parent}")
-        if not os.access(parent, os.W_OK | os.X_OK):
-            raise GgufkitError(f"{target}: the folder {parent} cannot be written to")
-        if hasattr(os, "statvfs"):
-            space = os.statvfs(parent)
-            free = space.f_bavail * space.f_frsize
-            if space.f_blocks and free < nbytes:
-                raise GgufkitError(f"{target}: needs {nbytes} bytes, but only {free} are free in {parent}")
+        check_room(target, parent, nbytes)
     except (OSError, ValueError) as error:
         raise GgufkitError(f"{target}: {reason(error)}") from None
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import numpy as np
+from ggufkit_formats.errors import UsageError
 from ggufkit_formats.tensor import Tensor
 
 Array = Any  # the backend's float32 array
@@ -27,6 +28,25 @@ class Cache(Protocol):
     def truncate(self, length: int) -> None:
         """Forget positions from `length` on, so that a chat can go on from a common prefix."""
         ...
+
+
+class Positions:
+    """What the caches of all backends count: positions filled, of at most `n_ctx`."""
+
+    def __init__(self, n_ctx: int):
+        self.n_ctx = n_ctx
+        self.length = 0
+
+    def truncate(self, length: int) -> None:
+        """Forget positions from `length` on. Raises UsageError for more than there are."""
+        if not 0 <= length <= self.length:
+            raise UsageError(f"a cache of {self.length} positions cannot be cut to {length}")
+        self.length = length
+
+    def check(self, stop: int) -> None:
+        """Raise UsageError where positions below `stop` are more than `n_ctx`."""
+        if stop > self.n_ctx:
+            raise UsageError(f"position {stop - 1} does not fit a context of {self.n_ctx}")
 
 
 class Ops(Protocol):

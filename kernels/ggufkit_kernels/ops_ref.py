@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from ggufkit_formats.errors import UsageError
 from ggufkit_formats.tensor import Tensor
+
+from .ops import Positions
 
 
 class RefWeight:
@@ -23,12 +24,11 @@ class RefWeight:
         self.nbytes = values.nbytes
 
 
-class RefCache:
+class RefCache(Positions):
     """Keys and values, (n_layers, length, n_kv_heads, head_dim), doubled when full, up to n_ctx positions."""
 
     def __init__(self, n_layers: int, n_kv_heads: int, head_dim: int, n_ctx: int, dtype: np.dtype):
-        self.n_ctx = n_ctx
-        self.length = 0
+        super().__init__(n_ctx)
         self.k = np.zeros((n_layers, 0, n_kv_heads, head_dim), dtype)
         self.v = np.zeros_like(self.k)
 
@@ -36,16 +36,9 @@ class RefCache:
     def nbytes(self) -> int:
         return self.k.nbytes + self.v.nbytes
 
-    def truncate(self, length: int) -> None:
-        """Forget positions from `length` on."""
-        if not 0 <= length <= self.length:
-            raise UsageError(f"a cache of {self.length} positions cannot be cut to {length}")
-        self.length = length
-
     def reserve(self, stop: int) -> None:
         """Make room for positions below `stop`. Raises UsageError beyond n_ctx."""
-        if stop > self.n_ctx:
-            raise UsageError(f"position {stop - 1} does not fit a context of {self.n_ctx}")
+        self.check(stop)
         room = self.k.shape[1]
         if stop > room:
             wider = ((0, 0), (0, min(self.n_ctx, max(stop, 2 * room)) - room), (0, 0), (0, 0))

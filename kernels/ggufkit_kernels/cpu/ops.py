@@ -15,6 +15,7 @@ from ggufkit_formats.blocks import TensorType
 from ggufkit_formats.errors import UsageError
 from ggufkit_formats.tensor import Tensor
 
+from ..ops import Positions
 from . import attention, elementwise, pack_fast, prepare
 from .matmul import (
     NUMBERS,
@@ -139,7 +140,7 @@ class CpuWeight:
         return found
 
 
-class CpuCache:
+class CpuCache(Positions):
     """Keys and values of one sequence in float16, a pair of arrays a layer (see attention.py for their shapes).
 
     Room doubles when it is needed, up to n_ctx positions.
@@ -148,8 +149,7 @@ class CpuCache:
     def __init__(self, n_layers: int, n_kv_heads: int, head_dim: int, n_ctx: int):
         if min(n_layers, n_kv_heads, head_dim, n_ctx) < 1:
             raise UsageError(f"a cache of {n_layers} layers, {n_kv_heads} heads of {head_dim}, {n_ctx} positions")
-        self.n_ctx = n_ctx
-        self.length = 0
+        super().__init__(n_ctx)
         self.positions = 0
         self.n_kv_heads, self.head_dim = n_kv_heads, head_dim
         self.padded_dim = -(-head_dim // (2 * LANES)) * 2 * LANES  # attention takes two vectors at a time
@@ -162,16 +162,9 @@ class CpuCache:
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
-    def truncate(self, length: int) -> None:
-        """Forget positions from `length` on."""
-        if not 0 <= length <= self.length:
-            raise UsageError(f"a cache of {self.length} positions cannot be cut to {length}")
-        self.length = length
-
     def reserve(self, stop: int) -> None:
         """Make room for positions below `stop`. Raises UsageError beyond n_ctx."""
-        if stop > self.n_ctx:
-            raise UsageError(f"position {stop - 1} does not fit a context of {self.n_ctx}")
+        self.check(stop)
         if stop <= self.positions:
             return
         wanted = min(max(stop, 2 * self.positions, FIRST_POSITIONS), self.n_ctx)

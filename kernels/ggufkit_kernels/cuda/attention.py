@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from ggufkit_formats.errors import UnsupportedError, UsageError
 
+from ..ops import Positions
 from .device import Array, Device
 from .loader import Module, module
 from .weights import Launch
@@ -28,7 +29,7 @@ def attend_module(head_dim: int, group: int) -> Module:
     return module("attention.cu", HEAD_DIM=head_dim, GROUP=group)
 
 
-class CudaCache:
+class CudaCache(Positions):
     """Keys and values of one sequence, float16 (n_layers, n_kv_heads, positions, head_dim) each, zeros at first.
 
     Room doubles when it is needed, up to n_ctx positions.
@@ -39,7 +40,8 @@ class CudaCache:
             raise UsageError(f"a cache of {n_layers} layers, {n_kv_heads} heads of {head_dim}, {n_ctx} positions")
         if head_dim > MOST_DIM or head_dim % 2:
             raise UnsupportedError(f"heads of {head_dim}: attention on CUDA takes even sizes up to {MOST_DIM}")
-        self.device, self.n_ctx, self.length, self.positions = device, n_ctx, 0, 0
+        super().__init__(n_ctx)
+        self.device, self.positions = device, 0
         self.n_layers, self.n_kv_heads, self.head_dim = n_layers, n_kv_heads, head_dim
         self.trace: Any = None  # the recorded forward of one token: see trace.py
         self.keys: Array = None
@@ -49,16 +51,9 @@ class CudaCache:
     def nbytes(self) -> int:
         return 0 if self.positions == 0 else self.keys.nbytes + self.values.nbytes
 
-    def truncate(self, length: int) -> None:
-        """Forget positions from `length` on."""
-        if not 0 <= length <= self.length:
-            raise UsageError(f"a cache of {self.length} positions cannot be cut to {length}")
-        self.length = length
-
     def reserve(self, stop: int) -> None:
         """Make room for positions below `stop`. Raises UsageError beyond n_ctx, DeviceMemoryError without memory."""
-        if stop > self.n_ctx:
-            raise UsageError(f"position {stop - 1} does not fit a context of {self.n_ctx}")
+        self.check(stop)
         if stop <= self.positions:
             return
         wanted = min(max(stop, 2 * self.positions, FIRST_POSITIONS), self.n_ctx)
