@@ -133,3 +133,24 @@ def test_threads_without_libgomp(tmp_path):
         [sys.executable, "-c", THREADS, str(model)], env=env, capture_output=True, text=True, timeout=180
     )
     assert (done.returncode, done.stdout) == (0, "none\n"), done.stderr
+
+
+def test_the_end_does_not_wait_for_a_lock_that_is_held_for_good(monkeypatch):
+    held = threading.Event()
+
+    class Stuck:
+        name, here = "stuck", True
+
+        @property
+        def address(self) -> int:
+            held.wait()
+            return 1
+
+    monkeypatch.setattr(prepare, "PATIENCE", 0.1)
+    preparation = prepare.Preparation([Stuck()])
+    preparation.start()
+    preparation.stop()
+    assert preparation._thread.is_alive()
+    held.set()
+    preparation._thread.join(10)
+    assert not preparation._thread.is_alive()

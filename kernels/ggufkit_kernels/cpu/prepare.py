@@ -96,6 +96,9 @@ def named(name: str) -> Entry:
 # -- made ready --------------------------------------------------------------------------------------------
 
 
+PATIENCE = 5.0  # seconds: longer than any kernel takes to compile
+
+
 class Preparation:
     """Kernels that are being made ready in the background. `missing` of them were not on disk: without any, there is
     only linking to do, which begins with `start`.
@@ -126,12 +129,15 @@ class Preparation:
             self._thread.join(0.2)
 
     def stop(self) -> None:
-        """Give up, after the kernel that is being compiled now."""
+        """Give up, after the kernel that is being compiled now.
+
+        Not without end: Ctrl-C may have interrupted this thread while it held llvmlite's lock, which is held for good then.
+        """
         self._stop = True
         for other in self._others:
             other.terminate()
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(PATIENCE)
 
     def _work(self) -> None:
         said = jit.set_notice(None) if self.missing and self._progress is not None else None
