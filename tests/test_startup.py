@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -116,6 +117,7 @@ assert len(found) == 4 and found[0] == found[1] and found[2] == found[3] and len
 generate(0)
 assert found[0] == found[1]
 import numba
+from ggufkit_kernels.cpu import prepare
 try:
     layer = numba.threading_layer()
 except ValueError:

@@ -131,7 +131,7 @@ class Preparation:
     def stop(self) -> None:
         """Give up, after the kernel that is being compiled now.
 
-        Not without end: Ctrl-C may have interrupted this thread while it held llvmlite's lock, which is held for good then.
+        Not without end: Ctrl-C may have interrupted this thread with llvmlite's lock in hand, which nobody gives back then.
         """
         self._stop = True
         for other in self._others:
