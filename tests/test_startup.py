@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 from command_line import Terminal, environment, ggufkit, start
+from ggufkit_kernels.cpu import prepare
 
 RUN = ["-n", "3", "--temp", "0", "--raw", "--json"]
 
@@ -117,7 +118,6 @@ assert len(found) == 4 and found[0] == found[1] and found[2] == found[3] and len
 generate(0)
 assert found[0] == found[1]
 import numba
-from ggufkit_kernels.cpu import prepare
 try:
     layer = numba.threading_layer()
 except ValueError:

@@ -131,7 +131,7 @@ class Preparation:
     def stop(self) -> None:
         """Give up, after the kernel that is being compiled now.
 
-        Not without end: Ctrl-C may have interrupted this thread with llvmlite's lock in hand, which nobody gives back then.
+        Not without end: Ctrl-C may have interrupted this thread with llvmlite's lock in hand, for good.
         """
         self._stop = True
         for other in self._others:
