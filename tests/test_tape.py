@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 
+import memory_tensors
 import numpy as np
 import pytest
 import tiny_models
+from ggufkit_formats import blocks
 from ggufkit_formats.errors import UsageError
 from ggufkit_kernels.cpu.attention import SPLIT
+from ggufkit_kernels.cpu.ops import CpuOps
 from ggufkit_kernels.cpu.tape import Recorder
 from ggufkit_runtime import generate
 
@@ -87,3 +90,28 @@ def test_wrong_tokens_and_a_full_cache(model):
     model.forward([0], cache)
     with pytest.raises(UsageError, match="does not fit a context of 2"):
         model.ops.forward(model.architecture.forward, model.config, model.weights, [0], cache)
+
+
+@pytest.mark.parametrize("read", ["q", "k", None])
+def test_rotated_queries_and_keys_are_there_for_others_too(read):
+    """Attention rotates by the way; who reads a rotated query or key afterwards finds it rotated."""
+    ops, rng = CpuOps(2), np.random.default_rng(5)
+    freqs = np.float64(10000.0) ** -np.linspace(0, 1, 16)
+    f32, numbers = blocks.TYPES["F32"], rng.standard_normal((4, 64, 64), dtype=np.float32)
+    weights = {name: ops.weight(memory_tensors.encoded(f32, x)) for name, x in zip("eqkv", numbers, strict=True)}
+
+    def network(config, weights, ops, ids, cache, first=0):
+        x = ops.embed(weights["e"], ids)
+        q, k, v = (ops.matmul(weights[name], x).reshape(len(ids), 2, 32) for name in "qkv")
+        q, k = (ops.rope(y, cache.length, freqs, interleaved=False) for y in (q, k))
+        out = ops.attend(q, k, v, cache, 0, cache.length, 0.2)
+        if read:
+            out = ops.add(out, {"q": q, "k": k}[read].reshape(len(ids), 64))
+        return out
+
+    cache, other = ops.cache(1, 2, 32, 64), ops.cache(1, 2, 32, 64)
+    for token in (3, 9, 11, 9):
+        ids = np.array([token])
+        wanted = network(None, weights, ops, ids, other)
+        other.length += 1
+        assert np.array_equal(ops.forward(network, None, weights, ids, cache), wanted)

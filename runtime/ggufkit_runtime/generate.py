@@ -154,7 +154,11 @@ class Model:
     def fetch(self, logits: Any) -> np.ndarray:
         """The logits that `queue` returned, (n, n_vocab). Raises FormatError for NaN and infinity."""
         logits = self.ops.to_numpy(logits)
-        if not (math.isfinite(logits.max()) if len(logits) == 1 else np.isfinite(logits.max(axis=1)).all()):
+        if len(logits) == 1:
+            good = math.isfinite(getattr(self.ops, "largest", np.max)(logits))  # some backends know it already
+        else:
+            good = np.isfinite(logits.max(axis=1)).all()
+        if not good:
             raise self._broken()
         return logits
 
@@ -235,6 +239,7 @@ class Session:
         self._queued: Any = None  # the last logits, where they are
         self._fetched: np.ndarray | None = None  # the same, here
         self._n_top: int = getattr(self.model.ops, "most_top", 0)  # logits that the backend finds the largest of
+        self._sound = 0  # tokens after which the logits were seen to be numbers
 
     def stream(self, ids: Sequence[int], sampler: Sampler, max_tokens: int | None = None) -> Iterator[int]:
         """Generated token ids, the end token not included. `ids` is the whole conversation so far."""
@@ -296,10 +301,24 @@ class Session:
         """The next token; where few logits decide and the backend finds them, only those are fetched."""
         wanted = sampler.candidates
         if wanted is not None and wanted <= self._n_top:
-            return sampler.choose(*self.model.top(self._queued, wanted))
+            return sampler.choose(*self._top(wanted))
+        if self._fetched is None:
+            self._top(1)
         logits = self.last_logits
         assert logits is not None
         return sampler(logits, self.tokens)
+
+    def _top(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k largest of the last logits; cache and tokens go back to where the logits were numbers, if these are
+        none."""
+        try:
+            found = self.model.top(self._queued, k)
+        except FormatError:
+            self.cache.truncate(self._sound)
+            del self.tokens[self._sound :]
+            raise
+        self._sound = len(self.tokens)
+        return found
 
     def _prompt(self, ids: list[int]) -> None:
         began = time.perf_counter()
@@ -311,6 +330,7 @@ class Session:
         common = min(common, len(ids) - 1)  # one token at least must run, to give logits
         self.cache.truncate(common)
         del self.tokens[common:]
+        self._sound = common
         batch = self.model.n_batch
         for i in range(common, len(ids), batch):
             self._advance(ids[i : i + batch])
@@ -318,7 +338,7 @@ class Session:
                 self.progress(len(self.tokens) - common, len(ids) - common)
         self.timings.prompt_tokens = len(ids) - common
         if self._n_top:  # what is queued counts when it is done
-            self.model.top(self._queued, 1)
+            self._top(1)
         self.timings.prompt_s = time.perf_counter() - began
 
     def _advance(self, ids: list[int]) -> None:

@@ -22,6 +22,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from .elementwise import rotate
 from .jit import family, kernel, lazy
 from .simd import (
     LANES,
@@ -68,6 +69,10 @@ ATTEND_WORDS = [
     "query_items",
     "queries_per_item",
     "tokens_per_item",
+    "cos",
+    "sin",
+    "pairs",
+    "interleaved",
 ]
 (
     QUERY,
@@ -91,30 +96,39 @@ ATTEND_WORDS = [
     QUERY_ITEMS,
     QUERIES_PER_ITEM,
     TOKENS_PER_ITEM,
+    COS,
+    SIN,
+    PAIRS,
+    INTERLEAVED,
 ) = (8 * k for k in range(len(ATTEND_WORDS)))
-START_WORD, SCRATCH_WORD, PARTS_WORD = START // 8, SCRATCH // 8, PARTS // 8
+START_WORD, SCRATCH_WORD, PARTS_WORD, COS_WORD = START // 8, SCRATCH // 8, PARTS // 8, COS // 8
 SPLIT = 256  # positions
 QUERIES = LANES // 2  # of a tile: with two columns, as many sums as registers bear
 SCORE_NBYTES = 4 * SPLIT + 64  # of a query's scores: rows a power of two apart would fight for cache lines
 
 
+@kernel
+def put_position(args, head, position, k, v):
+    """Write a head's key and value (addresses of float32) at a position of the cache, as float16."""
+    dim, padded, positions = get_i64(args + HEAD_DIM), get_i64(args + PADDED_DIM), get_i64(args + POSITIONS)
+    block = head * positions + position // LANES * LANES
+    keys = get_i64(args + KEYS) + 2 * (block * dim + position % LANES)
+    values = get_i64(args + VALUES) + 2 * (head * positions * padded + position * 2 * LANES)
+    for i in range(dim):
+        put_f16(keys + 2 * LANES * i, get_f32(k + 4 * i))
+        column = i // (2 * LANES) * positions * 2 * LANES + i % (2 * LANES)
+        put_f16(values + 2 * column, get_f32(v + 4 * i))
+
+
 @lazy
 def append(args, item, worker):
     """Write the keys and values of an item's tokens into the cache, as float16."""
-    heads, dim, padded = get_i64(args + N_KV_HEADS), get_i64(args + HEAD_DIM), get_i64(args + PADDED_DIM)
-    positions, per_item = get_i64(args + POSITIONS), get_i64(args + TOKENS_PER_ITEM)
+    heads, dim = get_i64(args + N_KV_HEADS), get_i64(args + HEAD_DIM)
+    per_item = get_i64(args + TOKENS_PER_ITEM)
     for t in range(item * per_item, min((item + 1) * per_item, get_i64(args + N))):
-        position = get_i64(args + START) + t
         for head in range(heads):
-            k = get_i64(args + K) + 4 * (t * heads + head) * dim
-            v = get_i64(args + V) + 4 * (t * heads + head) * dim
-            block = head * positions + position // LANES * LANES
-            keys = get_i64(args + KEYS) + 2 * (block * dim + position % LANES)
-            values = get_i64(args + VALUES) + 2 * (head * positions * padded + position * 2 * LANES)
-            for i in range(dim):
-                put_f16(keys + 2 * LANES * i, get_f32(k + 4 * i))
-                column = i // (2 * LANES) * positions * 2 * LANES + i % (2 * LANES)
-                put_f16(values + 2 * column, get_f32(v + 4 * i))
+            at = 4 * (t * heads + head) * dim
+            put_position(args, head, get_i64(args + START) + t, get_i64(args + K) + at, get_i64(args + V) + at)
 
 
 @kernel
@@ -254,26 +268,54 @@ def fetch_split(args, head, p0, padded):
             prefetch(at + i)
 
 
+@kernel
+def gather_rotated(args, head, first, count, query, queries):
+    """As `gather`, for one token, whose queries are rotated first, if PAIRS says so."""
+    n_heads, dim, scale = get_i64(args + N_HEADS), get_i64(args + HEAD_DIM), get_f32(args + SCALE)
+    group, pairs = n_heads // get_i64(args + N_KV_HEADS), get_i64(args + PAIRS)
+    for j in range(queries):
+        x = get_i64(args + QUERY) + 4 * (head * group + first + min(j, count - 1)) * dim
+        to = query + 4 * j * dim
+        if pairs:
+            rotate(x, to, dim, get_i64(args + COS), get_i64(args + SIN), pairs, get_i64(args + INTERLEAVED))
+            x = to
+        scaled(x, scale, to, dim)
+
+
 @family
 def attend_split(queries: int) -> Callable:
-    """Kernel: attention of one token; an item is one key head and one split, for all tiles of its queries."""
+    """Kernel: attention of one token; an item is one key head and one split, for all tiles of its queries.
+
+    The last split stores the key, rotated, and the value first. One split alone leaves nothing to `join`.
+    """
     vectors = 2 * queries
 
     def attend_split(args, item, worker):
         kv_heads, padded, zero = get_i64(args + N_KV_HEADS), get_i64(args + PADDED_DIM), zeros_f32(vectors)
+        dim, start, pairs = get_i64(args + HEAD_DIM), get_i64(args + START), get_i64(args + PAIRS)
         group, tiles = get_i64(args + N_HEADS) // kv_heads, get_i64(args + QUERY_ITEMS)
         head, split = item % kv_heads, item // kv_heads
-        if split * SPLIT <= get_i64(args + START):
+        if split <= start // SPLIT:
             fetch_split(args, head, split * SPLIT, padded)
             scores = get_i64(args + SCRATCH) + worker * get_i64(args + SCRATCH_NBYTES)
             query = scores + queries * SCORE_NBYTES
+            if split == start // SPLIT:
+                k, v = get_i64(args + K) + 4 * head * dim, get_i64(args + V) + 4 * head * dim
+                if pairs:
+                    rotate(k, query, dim, get_i64(args + COS), get_i64(args + SIN), pairs, get_i64(args + INTERLEAVED))
+                    k = query
+                put_position(args, head, start, k, v)
             for tile in range(tiles):
                 first = tile * queries
                 count = min(queries, group - first)
                 at = (head * tiles + tile) * get_i64(args + SPLITS) + split
                 part = get_i64(args + PARTS) + 4 * queries * (padded + 2) * at
-                gather(args, head, first, count, query, queries)
+                if start < SPLIT:
+                    part = query + 4 * queries * dim
+                gather_rotated(args, head, first, count, query, queries)
                 one_split(zero, queries, args, head, first, count, split * SPLIT, scores, query, part)
+                if start < SPLIT:
+                    finish(args, head, first, count, part, queries)
 
     return attend_split
 
@@ -286,7 +328,10 @@ def join(queries: int) -> Callable:
         kv_heads, padded, tiles = get_i64(args + N_KV_HEADS), get_i64(args + PADDED_DIM), get_i64(args + QUERY_ITEMS)
         group, per_item = get_i64(args + N_HEADS) // kv_heads, get_i64(args + TOKENS_PER_ITEM)
         nbytes = 4 * queries * (padded + 2)
-        for head in range(item * per_item, min((item + 1) * per_item, kv_heads)):
+        last = min((item + 1) * per_item, kv_heads)
+        if get_i64(args + START) < SPLIT:
+            last = 0
+        for head in range(item * per_item, last):
             for tile in range(tiles):
                 part = get_i64(args + PARTS) + nbytes * (head * tiles + tile) * get_i64(args + SPLITS)
                 for k in range(1, get_i64(args + START) // SPLIT + 1):

@@ -1,6 +1,6 @@
 """Kernels that touch each value once: rmsnorm, rope, swiglu, relu2, add, embed. An item is some rows, or some values.
 
-`begin` and `end` are what a recorded token (tape.py) begins and ends with: what Python would write and copy.
+`begin` is what a recorded token (tape.py) begins with: what Python would write.
 
 Args are int64 words, by index, listed in each kernel's docstring. float32 throughout.
 """
@@ -62,6 +62,33 @@ def rmsnorm(args, item, worker):
             put_f32(out + 4 * i, get_f32(x + 4 * i) * first_f32(factor) * get_f32(weight + 4 * i))
 
 
+@kernel
+def rotate(x, out, dim, cos, sin, pairs, interleaved):
+    """out = x with its pairs rotated; `dim` floats each, at different addresses or the same."""
+    if interleaved:
+        for i in range(pairs):
+            a, b = get_f32(x + 8 * i), get_f32(x + 8 * i + 4)
+            c, s = get_f32(cos + 4 * i), get_f32(sin + 4 * i)
+            put_f32(out + 8 * i, a * c - b * s)
+            put_f32(out + 8 * i + 4, a * s + b * c)
+    else:
+        y, to = x + 4 * pairs, out + 4 * pairs
+        whole = pairs // LANES * LANES
+        for i in range(0, whole, LANES):
+            va, vb = load_f32(x + 4 * i), load_f32(y + 4 * i)
+            vc, vs = load_f32(cos + 4 * i), load_f32(sin + 4 * i)
+            store_f32(out + 4 * i, fma_f32(va, vc, neg_f32(mul_f32(vb, vs))))
+            store_f32(to + 4 * i, fma_f32(va, vs, mul_f32(vb, vc)))
+        for i in range(whole, pairs):
+            a, b = get_f32(x + 4 * i), get_f32(y + 4 * i)
+            c, s = get_f32(cos + 4 * i), get_f32(sin + 4 * i)
+            put_f32(out + 4 * i, a * c - b * s)
+            put_f32(to + 4 * i, a * s + b * c)
+    if out != x:
+        for i in range(2 * pairs, dim):
+            put_f32(out + 4 * i, get_f32(x + 4 * i))
+
+
 @lazy
 def rope(args, item, worker):
     """Rotate pairs in place. Words: x, cos, sin, n, heads, head_dim, pairs, interleaved, tokens an item."""
@@ -71,51 +98,23 @@ def rope(args, item, worker):
         cos, sin = get_i64(args + 8) + 4 * t * pairs, get_i64(args + 16) + 4 * t * pairs
         for head in range(heads):
             x = get_i64(args) + 4 * (t * heads + head) * head_dim
-            if interleaved:
-                for i in range(pairs):
-                    a, b = get_f32(x + 8 * i), get_f32(x + 8 * i + 4)
-                    c, s = get_f32(cos + 4 * i), get_f32(sin + 4 * i)
-                    put_f32(x + 8 * i, a * c - b * s)
-                    put_f32(x + 8 * i + 4, a * s + b * c)
-            else:
-                y = x + 4 * pairs
-                whole = pairs // LANES * LANES
-                for i in range(0, whole, LANES):
-                    va, vb = load_f32(x + 4 * i), load_f32(y + 4 * i)
-                    vc, vs = load_f32(cos + 4 * i), load_f32(sin + 4 * i)
-                    store_f32(x + 4 * i, fma_f32(va, vc, neg_f32(mul_f32(vb, vs))))
-                    store_f32(y + 4 * i, fma_f32(va, vs, mul_f32(vb, vc)))
-                for i in range(whole, pairs):
-                    a, b = get_f32(x + 4 * i), get_f32(y + 4 * i)
-                    c, s = get_f32(cos + 4 * i), get_f32(sin + 4 * i)
-                    put_f32(x + 4 * i, a * c - b * s)
-                    put_f32(y + 4 * i, a * s + b * c)
+            rotate(x, x, head_dim, cos, sin, pairs, interleaved)
 
 
 @lazy
 def begin(args, item, worker):
     """Write a token's id, position and rotary angles to where they are read. Words: token, position, (out), where the
     id goes, (logits, values), how many places take the position, address of their addresses, how many tables of
-    angles, and for each: its rows, where one goes, floats a row."""
+    angles, (the largest logit), and for each table: its rows, where one goes, floats a row."""
     position = get_i64(args + 8)
     put_i64(get_i64(args + 24), get_i64(args))
     places = get_i64(args + 56)
     for k in range(get_i64(args + 48)):
         put_i64(get_i64(places + 8 * k), position)
     for k in range(get_i64(args + 64)):
-        rows, out, floats = get_i64(args + 72 + 24 * k), get_i64(args + 80 + 24 * k), get_i64(args + 88 + 24 * k)
+        rows, out, floats = get_i64(args + 88 + 24 * k), get_i64(args + 96 + 24 * k), get_i64(args + 104 + 24 * k)
         for i in range(floats):
             put_f32(out + 4 * i, get_f32(rows + 4 * (position * floats + i)))
-
-
-@lazy
-def end(args, item, worker):
-    """Copy a token's logits. Words as in `begin`."""
-    out, x, n = get_i64(args + 16), get_i64(args + 32), get_i64(args + 40)
-    for i in range(0, n // LANES * LANES, LANES):
-        store_f32(out + 4 * i, load_f32(x + 4 * i))
-    for i in range(n // LANES * LANES, n):
-        put_f32(out + 4 * i, get_f32(x + 4 * i))
 
 
 @lazy

@@ -19,7 +19,7 @@ import numpy as np
 from ggufkit_formats.blocks import TensorType
 from ggufkit_formats.blocks.iq import GridType
 
-from . import attention, elementwise, jit, pack_fast, pack_grid, store, team
+from . import attention, elementwise, jit, pack_fast, pack_grid, sample, store, team
 from .inputs import PLAIN_TOKENS, interleave_inputs
 from .jit import Entry, Family
 from .matmul import TOKENS, matmul_kernel, prep_kernel
@@ -39,8 +39,15 @@ _starting = threading.Lock()
 
 def common() -> list[Entry]:
     """What every network needs, whatever its types."""
-    found = [team.run_program, team.serve, team.several, attention.append, elementwise.rmsnorm, elementwise.rope]
-    found += [elementwise.swiglu, elementwise.relu2, elementwise.add, elementwise.begin, elementwise.end]
+    found = [
+        team.run_program,
+        team.serve,
+        team.several,
+        attention.append,
+        elementwise.rmsnorm,
+        elementwise.rope,
+    ]
+    found += [elementwise.swiglu, elementwise.relu2, elementwise.add, elementwise.begin, sample.end, sample.top]
     for tile in sorted({4, attention.QUERIES}):
         found += [attention.join.entry(tile), attention.attend_split.entry(tile), attention.attend.entry(tile)]
     return found

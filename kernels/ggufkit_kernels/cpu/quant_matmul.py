@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .jit import family
+from .jit import family, kernel
 from .simd import (
     LANES,
     QUAD,
@@ -46,6 +46,7 @@ from .simd import (
     load_u8,
     mul_f32,
     neg_f32,
+    prefetch,
     prefetch_ahead,
     splat_f32,
     splat_i32,
@@ -79,6 +80,22 @@ FOLLOWED = 192  # bytes a chunk, from which on the processor's prefetching keeps
 SCALES_AHEAD = 1536  # bytes of codes whose scales are prefetched
 SCALES_EVERY = 8  # chunks
 NUMBER_NBYTES = (4, 2, 2, 1, 1)  # of each kind of number (see `load_number`)
+
+
+@kernel
+def fetch_inputs(args, cols, start_step, sum_step):
+    """Prefetch one token's inputs: another thread's cache has them, if another thread made them.
+
+    1B shape, Q4_K_M, on two threads: 1.005 of the tokens a second.
+    """
+    for i in range(0, cols, 64):
+        prefetch(get_i64(args + Q) + i)
+    for i in range(0, cols // 8, 64):
+        prefetch(get_i64(args + A) + i)
+    for i in range(0, cols // 32 * start_step, 64):
+        prefetch(get_i64(args + STARTS) + i)
+    for i in range(0, cols // 32 * sum_step, 64):
+        prefetch(get_i64(args + SUMS) + i)
 
 
 @family
@@ -115,6 +132,8 @@ def by_pairs(
         n, rows, cols, blocks = get_i64(args + N), get_i64(args + ROWS), get_i64(args + COLS), get_i64(args + BLOCKS)
         table, low_table = load_u8(get_i64(args + TABLE)), load_u8(get_i64(args + TABLE) + QUAD)
         scale, low = splat_i32(1), splat_f32(0.0)
+        if tokens == 1:
+            fetch_inputs(args, cols, start_step, sum_step if minimum else 0)
         for strip in range(strip0, strip1):
             bias = bias_of(args, strip)
             for first in range(token0, token1, tokens):
@@ -233,6 +252,8 @@ def by_fours(
         strip0, strip1, token0, token1 = part_of(args, item)
         n, rows, cols, blocks = get_i64(args + N), get_i64(args + ROWS), get_i64(args + COLS), get_i64(args + BLOCKS)
         table, low_table = load_u8(get_i64(args + TABLE)), load_u8(get_i64(args + TABLE) + QUAD)
+        if tokens == 1:
+            fetch_inputs(args, cols, start_step, sum_step if minimum else 0)
         for strip in range(strip0, strip1):
             bias = bias_of(args, strip)
             for first in range(token0, token1, tokens):

@@ -2,10 +2,10 @@
 
 A network calls the backend some 450 times a token (SmolLM2-135M), and each call costs 5 to 10 µs of Python: checks,
 allocation, addresses. For one token all of that is the same every time but for the token's id, its position and the
-rotary angles. `replay` records the calls of a forward, with buffers of its own for the results, and from then on
-runs the whole program on the team of threads. Writing those three into place and copying the logits is its first and
-its last kernel, with angles from a table: a model's weights pass through the caches with every token, and leave nothing
-of Python's and NumPy's in them, so that a call that takes 1 µs in a loop takes 10 here.
+rotary angles. `record` keeps the calls of a forward, with buffers of its own for the results, and from then on
+`Tape.run` runs the whole program on the team of threads. Writing those three into place and copying the logits is its
+first and its last kernel, with angles from a table: a model's weights pass through the caches with every token, and
+leave nothing of Python's and NumPy's in them, so that a call that takes 1 µs in a loop takes 10 here.
 
 Recording also sees what a single call cannot: which kernels depend on which. Kernels that do not (the projections
 of q, k and v; gate and up) become one phase, whose items the threads share without waiting in between; inputs that
@@ -16,6 +16,7 @@ The arithmetic is that of the separate calls, kernel for kernel: the same result
 
 from __future__ import annotations
 
+import ctypes
 import struct
 import weakref
 from collections.abc import Callable, Iterable
@@ -26,12 +27,15 @@ import numpy as np
 from ggufkit_formats.errors import UsageError
 
 from . import attention
-from .elementwise import begin, end
-from .ops import Arrays, AttendCall, CpuCache, CpuOps, CpuWeight, Plan
+from .elementwise import begin, rope
+from .ops import Arrays, AttendCall, CpuCache, CpuOps, CpuWeight, Plan, shares
 from .pack import aligned
+from .sample import end
 from .team import address, program_words, several
+from .words import BOUNDS, STRIP_ITEMS
 
 _CALL = struct.Struct("3q")  # token, position, where its logits go
+_BEST = struct.Struct("qf")  # the largest logit: which, and what
 
 
 @dataclass
@@ -41,9 +45,9 @@ class Step:
     function: int
     items: int
     words: list[int]
-    level: int  # it may run as soon as all steps of lower levels have
-    start_word: int | None  # which of the words is the position
+    start_word: int | None = None  # which of the words is the position
     matrix: Plan | None = None  # what it reads from memory
+    level: int = 0  # it may run as soon as all steps of lower levels have
 
 
 class Recorder(CpuOps):
@@ -55,6 +59,8 @@ class Recorder(CpuOps):
         self.keep: list[Any] = []  # whatever the words hold addresses of
         self.rotations: list[tuple[np.ndarray, float, np.ndarray]] = []  # frequencies, factor, where the angles are
         self.n_vocab = 0
+        self._rotating: dict[int, tuple] = {}  # calls of `rope` whose result nobody has asked for yet, by buffer
+        self._passed_by: dict[int, tuple] = {}  # steps that attention made needless, unless somebody reads after it
         self._pool: set[int] = set()
         self._free: dict[int, list[np.ndarray]] = {}
         self._written: dict[int, int] = {}  # by buffer: the level of the last step that wrote it
@@ -97,12 +103,18 @@ class Recorder(CpuOps):
 
     # -- steps -------------------------------------------------------------------------------------
 
-    def _add(self, function: int, items: int, words: list[int], reads: Iterable[int], writes: Iterable[int],
-             start_word: int | None = None, matrix: Plan | None = None) -> None:  # fmt: skip
+    def _add(self, step: Step, reads: Iterable[int], writes: Iterable[int]) -> None:
+        """A step that reads and writes these buffers."""
         reads, writes = set(reads), set(writes)
+        for x in reads | writes:
+            if x in self._rotating:
+                self._record(*self._rotating.pop(x))
+            passed_by = self._passed_by.pop(x, None)
+            if passed_by is not None and x in reads:
+                self._add(*passed_by)
         before = [self._written.get(x, 0) for x in reads | writes] + [self._read.get(x, 0) for x in writes]
-        level = 1 + max(before, default=0)
-        self.steps.append(Step(function, items, words, level, start_word, matrix))
+        step.level = level = 1 + max(before, default=0)
+        self.steps.append(step)
         for x in reads:
             self._read[x] = max(level, self._read.get(x, 0))
         for x in writes:
@@ -111,10 +123,19 @@ class Recorder(CpuOps):
                 del self._inputs[key]
 
     def _launch(self, steps: list[tuple[int, int]], words: list[int], reads: Arrays, writes: Arrays) -> None:
+        if steps[0][0] == rope.address:  # attention does it by the way, if nobody else comes before
+            waiting = self._rotating.pop(self._owner(writes[0]), None)
+            if waiting is not None:
+                self._record(*waiting)
+            self._rotating[self._owner(writes[0])] = steps, words, reads, writes
+        else:
+            self._record(steps, words, reads, writes)
+
+    def _record(self, steps: list[tuple[int, int]], words: list[int], reads: Arrays, writes: Arrays) -> None:
         self.keep += [x for x in reads if self._owner(x) not in self._pool]
         owners = [self._owner(x) for x in writes]
         for function, items in steps:
-            self._add(function, items, words, map(self._owner, reads), owners)
+            self._add(Step(function, items, words), map(self._owner, reads), owners)
 
     def _launch_matmul(self, plan: Plan, x: np.ndarray, bias: np.ndarray | None, out: np.ndarray) -> None:
         source = self._owner(x)
@@ -129,12 +150,12 @@ class Recorder(CpuOps):
                 made = plan.scratch_at(address(view))
                 made_owner = self._owner(view)
                 words = plan.weight_words + call + made + plan.tail
-                self._add(*plan.prep, words, [source], [made_owner])
+                self._add(Step(*plan.prep, words), [source], [made_owner])
                 self._inputs[key] = (view, made)
             else:
                 made, made_owner = known[1], self._owner(known[0])
         words = plan.weight_words + call + made + plan.tail
-        self._add(*plan.kernel, words, [source, made_owner], [self._owner(out)], matrix=plan)
+        self._add(Step(*plan.kernel, words, matrix=plan), [source, made_owner], [self._owner(out)])
 
     def _launch_attend(self, call: AttendCall, steps: list[tuple[int, int]], reads: Arrays, writes: Arrays) -> None:
         for word, nbytes in (
@@ -142,9 +163,27 @@ class Recorder(CpuOps):
             (attention.PARTS_WORD, call.parts_nbytes),
         ):
             call.words[word] = address(self._buffer(f"attention {word}", nbytes))
+        call.words[attention.COS_WORD :], passed_by = self._taken_over(*reads[:2])
         owners = [*map(self._owner, writes), id(self._scratch)]  # the scratch is one for all layers
         for function, items in steps:
-            self._add(function, items, call.words, map(self._owner, reads), owners, attention.START_WORD)
+            self._add(Step(function, items, call.words, attention.START_WORD), map(self._owner, reads), owners)
+        self._passed_by |= passed_by
+
+    def _taken_over(self, *arrays: np.ndarray) -> tuple[list[int], dict[int, tuple]]:
+        """Attention's words for a rotation that queries and keys still wait for (cosines, sines, pairs, interleaved),
+        and, by buffer, the steps that it makes needless."""
+        waiting = [self._rotating.get(self._owner(x)) for x in arrays]
+        wanted = {tuple(words[k] for k in (1, 2, 6, 7)) for _, words, _, _ in filter(None, waiting)}
+        same = [found is not None and found[1][0] == address(x) for x, found in zip(arrays, waiting, strict=True)]
+        if not all(same) or len(wanted) > 1:
+            return [0, 0, 0, 0], {}  # `_add` makes those that wait
+        passed_by: dict[int, tuple] = {}
+        for x in arrays:
+            steps, words, reads, _ = self._rotating.pop(self._owner(x))
+            self.keep += reads[1:]
+            again = Step(*steps[0], words)
+            passed_by[self._owner(x)] = again, list(map(self._owner, reads)), [self._owner(x)]
+        return list(wanted.pop()), passed_by
 
     # -- what differs from token to token ------------------------------------------------------------
 
@@ -162,6 +201,11 @@ class Recorder(CpuOps):
         return super().embed(weight, ids)
 
 
+def _shared(phase: list[Step]) -> bool:
+    """Whether there is something for several threads to do."""
+    return sum(step.items for step in phase) > 1
+
+
 class Tape:
     """The recorded forward of one token."""
 
@@ -173,15 +217,15 @@ class Tape:
         out = network(config, weights, recorder, self._ids, cache, 0)
         self._n_vocab, self._shape = recorder.n_vocab, out.shape
         # What `begin` and `end` are told, but for the token, its position, its logits, and the places of the position
-        call = [0, 0, 0, address(self._ids), address(out), out.size, 0, 0, len(recorder.rotations)]
+        call = [0, 0, 0, address(self._ids), address(out), out.size, 0, 0, len(recorder.rotations), 0, 0]
         self._keep = [out, recorder.keep, recorder.rotations]
         for freqs, scale, angles in recorder.rotations:
             rows = rotations(np.arange(cache.positions), freqs, scale)
             call += [address(rows), address(angles), angles.size]
             self._keep.append(rows)
         steps = recorder.steps
-        steps.insert(0, Step(begin.address, 1, call, 0, None))
-        steps.append(Step(end.address, 1, call, 1 + max(step.level for step in steps), None))
+        steps.insert(0, Step(begin.address, 1, call))
+        steps.append(Step(end.address, 1, call, level=1 + max(step.level for step in steps)))
         self._lay_out(steps, call)
 
     def _lay_out(self, steps: list[Step], call: list[int]) -> None:
@@ -194,7 +238,7 @@ class Tape:
             if all(step.items == 1 for step in phase):
                 heads += [[step] for step in phase]  # small: not worth calling the others
             else:
-                heads.append(sorted(phase, key=lambda step: -step.items))
+                heads.append(self._shared_out(phase))
         groups: list[list[int]] = []
         offset, starts, program, unique = program_words(len(heads)), [], [], {}
         place: dict[int, int] = {}
@@ -233,29 +277,56 @@ class Tape:
         self._call_at = 8 * unique[id(call)]
         self._words[unique[id(call)] + 6 : unique[id(call)] + 8] = len(starts), self._starts.ctypes.data
         self._bytes = self._words.data.cast("B")
-        self.shared = any(sum(step.items for step in head) > 1 for head in heads)
+        self.shared = any(map(_shared, heads))
+
+    def _shared_out(self, phase: list[Step]) -> list[Step]:
+        """A phase's steps in the order in which threads take their items: large ones first, matrices as one whole."""
+        plans = [step.matrix for step in phase if step.matrix is not None]
+        if len(plans) < len(phase) or len(plans) == 1 or self.team.threads == 1:
+            return sorted(phase, key=lambda step: -step.items)
+        phase = sorted(phase, key=lambda step: step.matrix.nbytes if step.matrix else 0)
+        sizes = [(step.matrix.strips, step.matrix.nbytes) for step in phase if step.matrix]
+        for step, bounds in zip(phase, shares(sizes, self.team.threads), strict=True):
+            kept = np.array(bounds, np.int64)
+            self._keep.append(kept)
+            step.items = len(bounds) - 1
+            step.words[BOUNDS // 8], step.words[STRIP_ITEMS // 8] = address(kept), step.items
+        return phase
+
+    def _places(self, phase: list[Step]) -> list[int]:
+        """Where each thread begins to read, if each takes one item."""
+        found: list[int] = []
+        for step in phase:
+            if step.matrix is not None:
+                bounds = ctypes.cast(step.words[BOUNDS // 8], ctypes.POINTER(ctypes.c_int64))
+                found += [step.matrix.place(bounds[k]) for k in range(step.items)][: self.team.threads]
+        return (found + found[:1] * self.team.threads)[: self.team.threads]
 
     def _read_next(self, heads: list[list[Step]]) -> list[list[int]]:
-        """What is said with each phase of what is read next: a number, and where each thread begins; or nothing."""
+        """With each phase, where each thread begins to read what is read next; nothing where that was said already."""
         out: list[list[int]] = []
-        following: list[int] = []
+        # Behind the last matrix comes the next token's first
+        places = next((self._places(phase) for phase in heads if phase[0].matrix), [])
         for phase in reversed(heads):
-            shared, matrix = sum(step.items for step in phase) > 1, phase[0].matrix
-            out.append(following if shared else [])
-            if matrix is not None:
-                places = matrix.places(self.team.threads)
-                following = [len(places), *places]
+            out.append(places if _shared(phase) else [])
+            if phase[0].matrix is not None:
+                places = self._places(phase)
         out.reverse()
         said: list[int] = []
-        for k, words in enumerate(out):  # each is said once
+        for k, words in enumerate(out):
             out[k] = [] if words == said else words
             said = words or said
         return out
 
     def fits(self, ops: CpuOps, network: Callable, config: Any, weights: Any, cache: CpuCache) -> bool:
         """Whether it is the forward of this network with the cache where it was."""
-        same = (self._network is network, self._config is config, self._weights is weights, self.team is ops.team)
-        return all(same) and self._positions == cache.positions
+        return (
+            self._network is network
+            and self._config is config
+            and self._weights is weights
+            and self.team is ops.team
+            and self._positions == cache.positions
+        )
 
     def run(self, token: int, start: int) -> np.ndarray:
         """The forward of one token at a position: logits (1, n_vocab)."""
@@ -266,6 +337,10 @@ class Tape:
             _CALL.pack_into(self._bytes, self._call_at, token, start, address(out))
             self.team.run_at(self._program_at, self.shared)
         return out
+
+    def best(self) -> tuple[int, float]:
+        """The largest logit of the last token: which, and its value; NaN where there is one."""
+        return _BEST.unpack_from(self._bytes, self._call_at + 72)
 
 
 def rotations(positions: np.ndarray, freqs: np.ndarray, scale: float) -> np.ndarray:
@@ -279,13 +354,8 @@ def rotations(positions: np.ndarray, freqs: np.ndarray, scale: float) -> np.ndar
     return out
 
 
-def replay(ops: CpuOps, network: Callable, config: Any, weights: Any, ids: np.ndarray, cache: CpuCache) -> np.ndarray:
-    """The forward of one token by the cache's tape, recorded anew where it does not fit any more."""
-    start = cache.length
-    cache.reserve(start + 1)
-    tape = cache.tape
-    if tape is None or not tape.fits(ops, network, config, weights, cache):
-        tape = cache.tape = Tape(ops, network, config, weights, cache)
-    logits = tape.run(int(ids[0]), start)
-    cache.length = start + 1
-    return logits
+def record(ops: CpuOps, network: Callable, config: Any, weights: Any, cache: CpuCache) -> Tape:
+    """The cache's tape, recorded anew, with room for one position more."""
+    cache.reserve(cache.length + 1)
+    cache.tape = Tape(ops, network, config, weights, cache)
+    return cache.tape

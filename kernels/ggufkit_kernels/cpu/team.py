@@ -21,26 +21,38 @@ Why not Numba's prange: on OpenMP a launch costs 1.6 µs, but where libgomp is m
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import struct
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .jit import kernel, lazy
-from .simd import add_atomic, call, get_i64, give_way, load_acquire, pause, prefetch_ahead, store_release, swap_if
+from .simd import (
+    add_atomic,
+    call,
+    get_i64,
+    give_way,
+    load_acquire,
+    pause,
+    prefetch_ahead,
+    store_release,
+    swap_if,
+)
 
-# The mailbox: int64 words, those that different threads write 64 bytes apart. At byte 0 the ticket (counter of
-# kernels << 32 | next item), at 64 the kernel's function, args and number of items, at 128 the items done, at 192 a
-# counter of what is read next, from 200 on an address for each thread.
-MAIL_WORDS = 25
+# The mailbox: int64 words. At byte 0 the ticket (counter of kernels << 32 | next item), then the kernel's function, its
+# args, number of items and what is read next: one line of the cache, which a worker gets at once. At 64 the items done.
+MAIL_WORDS = 9
 LOW = 0xFFFFFFFF  # as the next item: closed, nothing to take
 SPINS = 20_000  # rounds without work, ~40 ns each, before a worker sleeps
-AHEAD_NBYTES = 256 << 10  # a thread's share of what is read next: it has to stay in the second-level cache
+AHEAD_NBYTES = 48 << 10  # a thread's share of what is read next
 AHEAD_STEP = 512  # bytes between two looks for work
 
 
@@ -55,21 +67,22 @@ def wait(rounds):
 @lazy
 def serve(mail, worker, spins):
     """A worker's loop: take items while there are any; return after `spins` rounds without one."""
-    idle, seen, at, end = 0, 0, 0, 0
+    idle, at, end = 0, 0, 0
     while idle < spins:
         ticket = load_acquire(mail)
         item = ticket & 0xFFFFFFFF
-        if item < load_acquire(mail + 80):
-            function, args = load_acquire(mail + 64), load_acquire(mail + 72)
+        items = load_acquire(mail + 24)
+        if item < items:
+            function, args, ahead = load_acquire(mail + 8), load_acquire(mail + 16), load_acquire(mail + 32)
             if swap_if(mail, ticket, ticket + 1):  # still that kernel's item: what was read belongs to it
+                if ahead:
+                    at = get_i64(ahead + 8 * worker)
+                    end = at + AHEAD_NBYTES
                 call(function, args, item, worker)
-                add_atomic(mail + 128, 1)
+                add_atomic(mail + 64, 1)
                 idle = 0
                 continue
         idle += 1
-        if load_acquire(mail + 192) != seen:
-            seen, at = load_acquire(mail + 192), load_acquire(mail + 200 + 8 * worker)
-            end = at + AHEAD_NBYTES
         if at < end:
             prefetch_ahead(at, 0, AHEAD_STEP)
             at += AHEAD_STEP
@@ -80,7 +93,7 @@ def serve(mail, worker, spins):
 @lazy
 def run_program(mail, program, alone):
     """Run a program's kernels. Words: how many, then (function, words to its args, items, words to what is read next)
-    of each; the last is 0, or leads to a number and an address for each thread."""
+    of each; the last is 0, or leads to an address for each thread."""
     for step in range(get_i64(program)):
         function = get_i64(program + 8 + 32 * step)
         args = program + 8 * get_i64(program + 16 + 32 * step)
@@ -90,20 +103,18 @@ def run_program(mail, program, alone):
             for item in range(items):
                 call(function, args, item, 0)
             continue
-        store_release(mail + 128, 0)
-        store_release(mail + 64, function)
-        store_release(mail + 72, args)
-        store_release(mail + 80, items)
-        opened = (((load_acquire(mail) >> 32) + 1) & 0x7FFFFFFF) << 32
-        store_release(mail, opened)
-        at = 0
+        at, end = 0, 0
         if ahead:
             ahead = program + 8 * ahead
-            at = get_i64(ahead + 8)
-            for k in range(get_i64(ahead)):
-                store_release(mail + 200 + 8 * k, get_i64(ahead + 8 + 8 * k))
-            store_release(mail + 192, load_acquire(mail + 192) + 1)
-        end = at + AHEAD_NBYTES
+            at = get_i64(ahead)
+            end = at + AHEAD_NBYTES
+        store_release(mail + 64, 0)
+        store_release(mail + 8, function)
+        store_release(mail + 16, args)
+        store_release(mail + 24, items)
+        store_release(mail + 32, ahead)
+        opened = (((load_acquire(mail) >> 32) + 1) & 0x7FFFFFFF) << 32
+        store_release(mail, opened)
         while True:
             ticket = load_acquire(mail)
             item = ticket & 0xFFFFFFFF
@@ -111,10 +122,10 @@ def run_program(mail, program, alone):
                 break
             if swap_if(mail, ticket, ticket + 1):
                 call(function, args, item, 0)
-                add_atomic(mail + 128, 1)
+                add_atomic(mail + 64, 1)
         waited = 0
-        while load_acquire(mail + 128) < items:
-            if ahead and at < end:
+        while load_acquire(mail + 64) < items:
+            if at < end:
                 prefetch_ahead(at, 0, AHEAD_STEP)
                 at += AHEAD_STEP
                 continue
@@ -166,7 +177,7 @@ class Team:
     def __init__(self, threads: int):
         self.threads = threads
         self.lock = threading.RLock()
-        words = np.zeros(MAIL_WORDS + threads + 8, np.int64)
+        words = np.zeros(MAIL_WORDS + 8, np.int64)
         skip = -words.ctypes.data % 64 // 8
         self._words = words[skip:]
         self._words[0] = LOW
@@ -262,6 +273,18 @@ def default_threads() -> int:
     cores = len({_core(cpu) for cpu in allowed})
     quota = _cgroup_quota()
     return max(1, cores if quota is None else min(cores, int(quota)))
+
+
+@cache
+def cores_alike() -> bool:
+    """Whether the processors that this process may use are about equally fast, as far as the system says (Linux)."""
+    speeds = []
+    for cpu in os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ():
+        for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
+            with contextlib.suppress(OSError, ValueError):
+                speeds.append(int(Path(f"/sys/devices/system/cpu/cpu{cpu}/{name}").read_text()))
+                break
+    return sys.platform == "linux" and max(speeds, default=1) <= 1.2 * min(speeds, default=1)
 
 
 def _core(cpu: int) -> str:
