@@ -181,8 +181,8 @@ class Recorder(CpuOps):
         for x in arrays:
             steps, words, reads, _ = self._rotating.pop(self._owner(x))
             self.keep += reads[1:]
-            again = Step(*steps[0], words)
-            passed_by[self._owner(x)] = again, list(map(self._owner, reads)), [self._owner(x)]
+            function, items = steps[0]
+            passed_by[self._owner(x)] = Step(function, items, words), list(map(self._owner, reads)), [self._owner(x)]
         return list(wanted.pop()), passed_by
 
     # -- what differs from token to token ------------------------------------------------------------
