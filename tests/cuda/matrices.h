@@ -10,9 +10,11 @@ namespace shim {
 
 // What a lane brings to an instruction of the whole warp.
 struct Brought {
-    uint32_t row[4];     // ldmatrix: 8 halves
-    float a[8], b[4];    // mma: its elements of A and of B
+    Shared at;         // ldmatrix: a row of 8 halves, and
+    uint32_t row[4];   // what lies there
+    float a[8], b[4];  // mma: its elements of A and of B
 };
+bool conflicts_allowed;  // rows of a matrix in the same banks are an error otherwise: ldmatrix would take longer
 
 // Two rooms take turns: a lane may be at the next instruction before the others have read what it brought to this one,
 // but not at the one after that.
@@ -34,7 +36,13 @@ inline void load_matrices(unsigned (&r)[4], Shared row, bool transposed, const c
     const uint32_t* const words = (const uint32_t*)row;
     Brought& own = bring();
     for (int i = 0; i < 4; i++) own.row[i] = words[i];
+    own.at = row;
     const Brought* const warp = meet(what, line);
+    for (int m = 0; m < 4 && !conflicts_allowed; m++) {
+        unsigned banks = 0;  // four each
+        for (int k = 0; k < 8; k++) banks |= 1u << warp[8 * m + k].at / 16 % 8;
+        if (banks != 255) fail("ldmatrix with bank conflicts", line);
+    }
     const int g = current % 32 / 4, t = current % 4;
     for (int m = 0; m < 4; m++) {
         if (!transposed) {

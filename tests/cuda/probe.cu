@@ -128,9 +128,12 @@ extern "C" __global__ void products(const u32* a, const u32* b, float* d, int ei
     for (int i = 0; i < 4; i++) d[4 * threadIdx.x + i] = sums[i];
 }
 
-// Rows of 8 halves, x (40, 8), go to shared memory; lane k asks for row rows[k].
-extern "C" __global__ void matrices(const u32* x, const int* rows, u32* plain, u32* transposed) {
+// Rows of 8 halves, x (40, 8), go to shared memory; lane k asks for row rows[k]. `conflicts`: whether banks may.
+extern "C" __global__ void matrices(const u32* x, const int* rows, u32* plain, u32* transposed, int conflicts) {
     __shared__ uint4 room[40];
+#ifdef EMULATED
+    shim::conflicts_allowed = conflicts;
+#endif
     for (int i = threadIdx.x; i < 160; i += 32) ((u32*)room)[i] = x[i];
     __syncthreads();
     u32 r[4];

@@ -196,12 +196,23 @@ def test_products_of_any_halves(device):
 def test_matrices_from_shared_memory(device):
     rng = np.random.default_rng(7)
     x, rows = rng.permutation(320).astype(np.uint16), rng.permutation(40)[:32].astype(np.int32)
-    *_, plain, transposed = run_any(
-        device, "matrices", 1, 32, x.view(np.uint32), rows, *np.zeros((2, 32, 4), np.uint32)
-    )
+    outs = np.zeros((2, 32, 4), np.uint32)
+    *_, plain, transposed = run_any(device, "matrices", 1, 32, x.view(np.uint32), rows, *outs, 1)
     chosen = x.reshape(40, 8)[rows].reshape(-1)  # four matrices of 8 x 8, in halves
     assert np.array_equal(plain.view(np.uint16), chosen[layout([(32, 2)], [(2, 1), (4, 64)])])
     assert np.array_equal(transposed.view(np.uint16), chosen[layout([(4, 16), (8, 1)], [(2, 8), (4, 64)])])
+
+
+def test_bank_conflicts_of_matrices_are_named(both):
+    x, outs = np.zeros(160, np.uint32), np.zeros((2, 32, 4), np.uint32)
+    rows = np.arange(32, dtype=np.int32).reshape(4, 8)
+    rows[2] = rows[2, ::-1]
+    rows[3, 1] = 35  # the banks of 27, which goes
+    rows[3, 3] = 25
+    run(both, "matrices", 1, 32, x, rows.reshape(-1), *outs, 0)
+    rows[3, 3] = 34
+    with pytest.raises(DeviceError, match="bank conflicts"):
+        run(both, "matrices", 1, 32, x, rows.reshape(-1), *outs, 0)
 
 
 @pytest.mark.parametrize("absent", [0, 5])

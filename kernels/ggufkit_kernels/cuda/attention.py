@@ -44,14 +44,15 @@ class Tiles:
         return 16 * self.m_tiles * self.warps
 
 
-# Up to a head_dim: of the shapes that spill (almost) no registers and take 48 KB at most, what reads least from shared
-# memory; see flash.cu.
-TILES = {64: Tiles(4, 2, 64), 96: Tiles(4, 2, 32), 128: Tiles(8, 1, 64), 256: Tiles(8, 1, 32)}
+# Up to a head_dim; what decided: see flash.cu. Turing has registers for fewer rows.
+TILES = {64: Tiles(4, 2, 64), 96: Tiles(4, 2, 32), 128: Tiles(4, 2, 32), 256: Tiles(8, 1, 32)}
+TURING_TILES = {**TILES, 128: Tiles(8, 1, 64)}
 
 
-def tiles(head_dim: int) -> Tiles | None:
+def tiles(head_dim: int, arch: int = 90) -> Tiles | None:
     """The shape of flash.cu for heads of this size, None where there is none."""
-    return None if head_dim % 16 else next((shape for most, shape in TILES.items() if head_dim <= most), None)
+    shapes = TILES if arch >= 80 else TURING_TILES
+    return None if head_dim % 16 else next((shape for most, shape in shapes.items() if head_dim <= most), None)
 
 
 def flash_module(head_dim: int, shape: Tiles) -> Module:
@@ -171,7 +172,7 @@ def prompt(device: Device, scratch: Any, q: Array, cache: CudaCache, layer: int,
 
     `scratch(name, shape, dtype)` gives memory. `fused`: by flash.cu, where the size of a head has a kernel.
     """
-    shape = tiles(cache.head_dim) if fused else None
+    shape = tiles(cache.head_dim, device.arch) if fused else None
     if shape is None:
         _apart(device, scratch, q, cache, layer, position, start, scale, out)
         return

@@ -1,3 +1,42 @@
+// Attention of several tokens in one launch: softmax(scale q k) v, scores on the chip (FlashAttention-2, arXiv 2307.08691).
+//
+// Compiled for a HEAD_DIM (a multiple of 16, at most 256), WARPS of a block, M_TILES of 16 rows a warp, KEYS positions a
+// tile (a multiple of 16); attention.py chooses. q and k are rotated, keys and values stored (rope_append, prompt.cu).
+//
+//   rows       of a key head: tokens * group, a token's queries side by side, so that those that read the same keys share
+//              them. A block takes ROWS (128), a warp 16 M_TILES. Grid (n_kv_heads, tiles of rows, spans): the last rows,
+//              who see most, come first.
+//   queries    halves in registers, each row over a power of two of its own, with the scale and log2 e in them: large
+//              queries do not overflow, small ones keep their digits. The power comes back with the scores, in float32.
+//   positions  a block walks over tiles of KEYS up to its last row's own. Keys and values of tiles take turns in three
+//              slots of shared memory: one is read, one is there or about to be, one is asked for (cp.async; on sm_75
+//              through registers), with a barrier for each. A warp leaves out what is behind its own rows, and masks only
+//              where a tile straddles them.
+//   weights    2^(score - largest so far) as halves, 1 at most: halves of D's layout are A's of the next product. Their
+//              sums are a product with ones: of what was rounded, exact, and cheaper than converting and adding. What was
+//              summed before is scaled only if some row of the warp has a new largest score.
+//   spans      where there are fewer blocks than multiprocessors, blocks share the positions, as in Flash-Decoding, and
+//              `join_spans` joins what they leave.
+//
+// Rows of shared memory are what ldmatrix reads without bank conflicts: chunks of 16 bytes exchanged by the row's number
+// (HEAD_DIM a multiple of 64), or rows 16 bytes longer. NaN or infinity of a query stays in its row; of a value, it
+// reaches earlier tokens of its tile too, as 0 * NaN does by the other way (prompt.cu).
+//
+// Bytes and operations, 2,048 tokens of 32 heads of 128, 8 key heads, a layer: 34 GFLOP, 1.5 % of them for nothing; 67 MB
+// of queries and results; 16,640 times 128 rows by 32 positions, 126 for each of an H100's 132 multiprocessors. Each reads
+// 16 KB, 272 MB in all, from the second-level cache (about 5.5 TB/s: 49 us), and is 528 mma (about 430 cycles at 0.62 of
+// wgmma's rate, what mma.sync gets on Hopper), 128 ldmatrix (512 cycles, 128 bytes each), 2,100 instructions in all (530),
+// 4,096 exponentials (256): 45 us at 1.75 GHz if one of these is all that counts. Expected is half of that speed, 0.1 to
+// 0.15 ms: 3 to 5 ms for 32 layers, where the way with the scores in memory takes about 12 (prompt.cu).
+//
+// Registers on sm_90 (sm_75): 64: 224 (252), 96: 246 (254), 128: 255 and 56 bytes of stack, 15 loads a tile (as 8 warps of
+// 16 rows: 173 (223)), 256: 254 and 16 bytes (255, 48). Blocks a multiprocessor: 2 of 4 warps, 1 of 8. Static shared
+// memory, 48 KB at most: 24 KB for 64, 128; 17 and 20 KB for 80, 96; 36 and 48 KB for 192, 256.
+//
+// Considered: 16 rows a warp for heads of 128 read twice as much from shared memory, 1,024 cycles: what limits them on an
+// H100 (Turing takes them, whose registers do not suffice otherwise). Queries in shared memory: half as much again to
+// read. More than 48 KB, or wgmma and bulk copies, which Hopper would need for its full rate: other kernels for other
+// devices. Nothing is measured on a device.
 #include "mma.cuh"
 
 #define THREADS (32 * WARPS)
@@ -24,6 +63,20 @@ __device__ __forceinline__ int column(int i, int x) {
     return SWIZZLED ? ((32 * (i % 4)) ^ x) + 128 * (i / 4) : 32 * i + x;
 }
 
+// A thread's chunks of a tile, and where they lie. EVEN: its chunks are one above the other, so that one address is known
+// from another.
+#define FIRST_ROW ((int)threadIdx.x / CHUNKS)
+#define FIRST_CHUNK ((int)threadIdx.x % CHUNKS)
+#define ROWS_A_COPY (THREADS / CHUNKS)
+#define EVEN (THREADS % CHUNKS == 0 && (!SWIZZLED || ROWS_A_COPY % 8 == 0))
+__device__ __forceinline__ int row_of(int i) {
+    return EVEN ? FIRST_ROW + i * ROWS_A_COPY : ((int)threadIdx.x + i * THREADS) / CHUNKS;
+}
+__device__ __forceinline__ int chunk_of(int i) { return EVEN ? FIRST_CHUNK : ((int)threadIdx.x + i * THREADS) % CHUNKS; }
+__device__ __forceinline__ int place_of(int i) {
+    return EVEN ? place(FIRST_ROW, FIRST_CHUNK) + i * ROWS_A_COPY * ROW_BYTES : place(row_of(i), chunk_of(i));
+}
+
 // Keys or values of a tile, on their way from global to shared memory. Positions behind `last` become zeros: their
 // weights are zero, but zero times what happens to lie there need not be.
 struct Tile {
@@ -31,18 +84,17 @@ struct Tile {
     uint4 held[COPIES];
 #endif
 
-    __device__ __forceinline__ void begin(char* slot, const u16* from, int first, int last, bool wanted) {
+    __device__ __forceinline__ void begin(const void* room, int slot, const u16* from, int first, int last, bool wanted) {
 #pragma unroll
         for (int i = 0; i < COPIES; i++) {
-            if (!wanted) break;
-            const int k = threadIdx.x + i * THREADS, row = k / CHUNKS, chunk = k % CHUNKS;
-            const bool there = first + row <= last;
-            const u16* const at = from + (size_t)(there ? first + row : last) * HEAD_DIM + 8 * chunk;
+            if (!wanted || row_of(i) >= KEYS) break;
+            const bool there = first + row_of(i) <= last;
+            const u16* const at = from + (size_t)(there ? first + row_of(i) : last) * HEAD_DIM + 8 * chunk_of(i);
 #ifdef TURING
             held[i].x = held[i].y = held[i].z = held[i].w = 0;
-            if (there && row < KEYS) held[i] = *(const uint4*)at;
+            if (there) held[i] = *(const uint4*)at;
 #else
-            if (row < KEYS) copy_async(shared_address(slot) + place(row, chunk), at, there);
+            copy_async(shared_address(room) + slot + place_of(i), at, there);
 #endif
         }
 #ifndef TURING
@@ -51,12 +103,11 @@ struct Tile {
     }
 
     // What is left for this thread to do where `begin` only asked for the numbers.
-    __device__ __forceinline__ void finish(char* slot, bool wanted) const {
+    __device__ __forceinline__ void finish(void* room, int slot, bool wanted) const {
 #ifdef TURING
 #pragma unroll
         for (int i = 0; i < COPIES; i++) {
-            const int k = threadIdx.x + i * THREADS, row = k / CHUNKS, chunk = k % CHUNKS;
-            if (wanted && row < KEYS) *(uint4*)(slot + place(row, chunk)) = held[i];
+            if (wanted && row_of(i) < KEYS) *(uint4*)((char*)room + slot + place_of(i)) = held[i];
         }
 #endif
     }
@@ -90,6 +141,11 @@ __device__ __forceinline__ float load_query(u32 (&a)[N_COLUMNS][4], int half, co
     return factor;
 }
 
+// The row of queries that half h of tile m of a warp has in this lane; behind the last row, that one again.
+__device__ __forceinline__ int own_row(int warp_row, int rows, int m, int h) {
+    return min(warp_row + 16 * m + 8 * h + (int)threadIdx.x % 32 / 4, rows - 1);
+}
+
 // Scores of a warp's rows and a tile's keys.
 __device__ __forceinline__ void tile_scores(float (&s)[M_TILES][2 * N_STEPS][4], const u32 (&query)[M_TILES][N_COLUMNS][4],
                                             Shared slot) {
@@ -116,14 +172,17 @@ __device__ __forceinline__ void tile_scores(float (&s)[M_TILES][2 * N_STEPS][4],
 }
 
 // out += weights times a tile's values; sums += the weights' sums, by a product with ones.
-__device__ __forceinline__ void add_values(float (&out)[M_TILES][2 * N_COLUMNS][4], float (&sums)[M_TILES][4],
+__device__ __forceinline__ void add_values(float (&out)[M_TILES][2 * N_COLUMNS][4], float (&sums)[M_TILES][2],
                                            const u32 (&weights)[M_TILES][N_STEPS][4], Shared slot) {
     const int lane = threadIdx.x % 32, row = lane % 16, x = place(row, lane / 16) - row * ROW_BYTES;
     const Shared at = slot + row * ROW_BYTES;
+    float here[M_TILES][4];  // this tile's sums, the same in all columns
+#pragma unroll
+    for (int m = 0; m < M_TILES; m++) here[m][0] = here[m][1] = here[m][2] = here[m][3] = 0.0f;
 #pragma unroll
     for (int n = 0; n < N_STEPS; n++) {
 #pragma unroll
-        for (int m = 0; m < M_TILES; m++) mma(sums[m], weights[m][n], ONES, ONES);
+        for (int m = 0; m < M_TILES; m++) mma(here[m], weights[m][n], ONES, ONES);
 #pragma unroll
         for (int i = 0; i < N_COLUMNS; i++) {
             u32 b[4];
@@ -135,18 +194,25 @@ __device__ __forceinline__ void add_values(float (&out)[M_TILES][2 * N_COLUMNS][
             }
         }
     }
+#pragma unroll
+    for (int m = 0; m < M_TILES; m++) sums[m][0] += here[m][0], sums[m][1] += here[m][2];
 }
 
-// Scores become minus infinity where a row's position is before that of the key.
-__device__ __forceinline__ void mask(float (&s)[M_TILES][2 * N_STEPS][4], int first, const int (&own)[M_TILES][2]) {
+// Scores become minus infinity where a row's position is before that of the key; `first`: of the tile's positions, as
+// counted from the first token's.
+__device__ __forceinline__ void mask(float (&s)[M_TILES][2 * N_STEPS][4], int first, int row, int rows, int group) {
     const int column = first + 2 * (threadIdx.x % 4);
 #pragma unroll
     for (int m = 0; m < M_TILES; m++) {
 #pragma unroll
-        for (int n = 0; n < 2 * N_STEPS; n++) {
+        for (int h = 0; h < 2; h++) {
+            const int own = own_row(row, rows, m, h) / group;
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                if (column + 8 * n + e % 2 > own[m][e / 2]) s[m][n][e] = MINUS_INFINITY;
+            for (int n = 0; n < 2 * N_STEPS; n++) {
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    if (column + 8 * n + e > own) s[m][n][2 * h + e] = MINUS_INFINITY;
+                }
             }
         }
     }
@@ -155,7 +221,7 @@ __device__ __forceinline__ void mask(float (&s)[M_TILES][2 * N_STEPS][4], int fi
 // Scores become weights, 2^(factor (score - largest so far)), as halves; where the largest is a new one, what was summed
 // before is scaled down. A row's scores are in four lanes.
 __device__ __forceinline__ void tile_softmax(u32 (&weights)[M_TILES][N_STEPS][4], float (&out)[M_TILES][2 * N_COLUMNS][4],
-                                             float (&sums)[M_TILES][4], float (&tops)[M_TILES][2],
+                                             float (&sums)[M_TILES][2], float (&tops)[M_TILES][2],
                                              const float (&s)[M_TILES][2 * N_STEPS][4],
                                              const float (&factors)[M_TILES][2]) {
     float bases[M_TILES][2], scales[M_TILES][2];
@@ -179,10 +245,12 @@ __device__ __forceinline__ void tile_softmax(u32 (&weights)[M_TILES][N_STEPS][4]
 #pragma unroll
         for (int m = 0; m < M_TILES; m++) {
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                sums[m][e] *= scales[m][e / 2];
+            for (int h = 0; h < 2; h++) {
+                sums[m][h] *= scales[m][h];
 #pragma unroll
-                for (int i = 0; i < 2 * N_COLUMNS; i++) out[m][i][e] *= scales[m][e / 2];
+                for (int i = 0; i < 2 * N_COLUMNS; i++) {
+                    out[m][i][2 * h] *= scales[m][h], out[m][i][2 * h + 1] *= scales[m][h];
+                }
             }
         }
     }
@@ -218,50 +286,44 @@ flash(const float* q, const u16* keys, const u16* values, const int* start, floa
     values += (size_t)head * positions * HEAD_DIM;
 
     // Three slots take turns: what is read, what is next, and what is asked for.
-    char *here = (char*)room, *next = here + SLOT_BYTES, *after = next + SLOT_BYTES;
+    int here = 0, next = SLOT_BYTES, after = 2 * SLOT_BYTES;
     Tile tile;
     const bool any = first_tile < end_tile;
-    tile.begin(here, keys, first_tile * KEYS, last, any);
-    tile.finish(here, any);
-    tile.begin(next, values, first_tile * KEYS, last, any);
-    tile.finish(next, any);
+    tile.begin(room, here, keys, first_tile * KEYS, last, any);
+    tile.finish(room, here, any);
+    tile.begin(room, next, values, first_tile * KEYS, last, any);
+    tile.finish(room, next, any);
     u32 query[M_TILES][N_COLUMNS][4];
-    float acc[M_TILES][2 * N_COLUMNS][4], sums[M_TILES][4], tops[M_TILES][2], factors[M_TILES][2];
-    int own[M_TILES][2];
+    float acc[M_TILES][2 * N_COLUMNS][4], sums[M_TILES][2], tops[M_TILES][2], factors[M_TILES][2];
 #pragma unroll
     for (int m = 0; m < M_TILES; m++) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            const int r = min(row + 16 * m + 8 * h + (int)threadIdx.x % 32 / 4, rows - 1), token = r / group;
+            const int r = own_row(row, rows, m, h), token = r / group;
             const size_t at = (size_t)token * heads * group + head * group + r % group;
             factors[m][h] = load_query(query[m], h, q + at * HEAD_DIM, scale * LOG2_E);
-            own[m][h] = begin + token;
-            tops[m][h] = MINUS_INFINITY;
+            tops[m][h] = MINUS_INFINITY, sums[m][h] = 0.0f;
         }
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            sums[m][e] = 0.0f;
-#pragma unroll
-            for (int i = 0; i < 2 * N_COLUMNS; i++) acc[m][i][e] = 0.0f;
-        }
+        for (int i = 0; i < 2 * N_COLUMNS; i++) acc[m][i][0] = acc[m][i][1] = acc[m][i][2] = acc[m][i][3] = 0.0f;
     }
     for (int k = first_tile; k < end_tile; k++) {
         const bool more = k + 1 < end_tile, busy = row < rows && k * KEYS <= warp_last;  // the whole warp
         u32 weights[M_TILES][N_STEPS][4];
         arrived();
-        tile.begin(after, keys, (k + 1) * KEYS, last, more);
+        tile.begin(room, after, keys, (k + 1) * KEYS, last, more);
         if (busy) {
             float s[M_TILES][2 * N_STEPS][4];
-            tile_scores(s, query, shared_address(here));
-            if (k * KEYS + KEYS - 1 > warp_first) mask(s, k * KEYS, own);
+            tile_scores(s, query, shared_address(room) + here);
+            if (k * KEYS + KEYS - 1 > warp_first) mask(s, k * KEYS - begin, row, rows, group);
             tile_softmax(weights, acc, sums, tops, s, factors);
         }
-        tile.finish(after, more);
+        tile.finish(room, after, more);
         arrived();
-        tile.begin(here, values, (k + 1) * KEYS, last, more);
-        if (busy) add_values(acc, sums, weights, shared_address(next));
-        tile.finish(here, more);
-        char* const values_next = here;
+        tile.begin(room, here, values, (k + 1) * KEYS, last, more);
+        if (busy) add_values(acc, sums, weights, shared_address(room) + next);
+        tile.finish(room, here, more);
+        const int values_next = here;
         here = after, after = next, next = values_next;
     }
 #pragma unroll
@@ -270,7 +332,7 @@ flash(const float* q, const u16* keys, const u16* values, const int* start, floa
         for (int h = 0; h < 2; h++) {
             const int r = row + 16 * m + 8 * h + (int)threadIdx.x % 32 / 4;
             if (r >= rows) continue;
-            const float sum = sums[m][2 * h];
+            const float sum = sums[m][h];
             const bool whole = gridDim.z == 1;
             const float over = whole ? 1.0f / sum : 1.0f;
             float* const part = parts + (((size_t)blockIdx.z * heads + head) * rows + r) * PART;

@@ -20,8 +20,9 @@ def modules() -> Iterator[Module]:
     for head_dim, group in HEADS:
         yield attention.attend_module(head_dim, group)
     for head_dim in PROMPT_DIMS:
-        if shape := attention.tiles(head_dim):
-            yield attention.flash_module(head_dim, shape)
+        for arch in (90, 75):
+            if shape := attention.tiles(head_dim, arch):
+                yield attention.flash_module(head_dim, shape)
     yield encode.MODULE
     for lanes in (16, 8):
         yield from weights.modules(lanes=lanes)
