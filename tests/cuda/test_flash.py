@@ -254,11 +254,12 @@ def test_other_tiles(device, shape, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "other"),
     [
-        ("copies_wait<1>();", "copies_wait<2>();"),
-        ("copies_wait<1>();\n#endif\n    __syncthreads();", "copies_wait<1>();\n#endif\n"),
-        ("tile.begin(room, after, keys", "tile.begin(room, here, keys"),
-        ("here = after, after = next", "here = next, next = after"),
-        ("copies_commit();  //", "if (wanted) copies_commit();  //"),
+        ("copies_wait<0>();", "copies_wait<1>();"),
+        ("copies_wait<0>();\n#endif\n    __syncthreads();", "copies_wait<0>();\n#endif\n"),
+        ("tile.begin(room, there, keys", "tile.begin(room, here, keys"),
+        ("if (more && !BY_REGISTERS) tile.begin(room, there +", "if (more && !BY_REGISTERS) tile.begin(room, here +"),
+        ("here = there, there = done;", "there = done;"),
+        ("    copies_commit();\n", ""),
     ],
 )
 def test_a_wrong_order_of_copies_would_show(text, other, tmp_path, monkeypatch):

@@ -45,8 +45,8 @@ class Tiles:
 
 
 # Up to a head_dim; what decided: see flash.cu. Turing has registers for fewer rows.
-TILES = {64: Tiles(4, 2, 64), 96: Tiles(4, 2, 32), 128: Tiles(4, 2, 32), 256: Tiles(8, 1, 32)}
-TURING_TILES = {**TILES, 128: Tiles(8, 1, 64)}
+TILES = {64: Tiles(4, 2, 64), 128: Tiles(4, 2, 32), 192: Tiles(8, 1, 32), 256: Tiles(8, 1, 16)}
+TURING_TILES = {64: Tiles(4, 2, 64), 96: Tiles(4, 2, 32), 192: Tiles(8, 1, 32), 256: Tiles(8, 1, 16)}
 
 
 def tiles(head_dim: int, arch: int = 90) -> Tiles | None:

@@ -8,10 +8,9 @@
 //              who see most, come first.
 //   queries    halves in registers, each row over a power of two of its own, with the scale and log2 e in them: large
 //              queries do not overflow, small ones keep their digits. The power comes back with the scores, in float32.
-//   positions  a block walks over tiles of KEYS up to its last row's own. Keys and values of tiles take turns in three
-//              slots of shared memory: one is read, one is there or about to be, one is asked for (cp.async; on sm_75
-//              through registers), with a barrier for each. A warp leaves out what is behind its own rows, and masks only
-//              where a tile straddles them.
+//   positions  a block walks over tiles of KEYS up to its last row's own. While one tile is read in shared memory, the next
+//              one's keys and values are on their way to another place there (cp.async; on sm_75 through registers): one
+//              barrier a tile. A warp leaves out what is behind its own rows, and masks only where a tile straddles them.
 //   weights    2^(score - largest so far) as halves, 1 at most: halves of D's layout are A's of the next product. Their
 //              sums are a product with ones: of what was rounded, exact, and cheaper than converting and adding. What was
 //              summed before is scaled only if some row of the warp has a new largest score.
@@ -29,14 +28,15 @@
 // 4,096 exponentials (256): 45 us at 1.75 GHz if one of these is all that counts. Expected is half of that speed, 0.1 to
 // 0.15 ms: 3 to 5 ms for 32 layers, where the way with the scores in memory takes about 12 (prompt.cu).
 //
-// Registers on sm_90 (sm_75): 64: 224 (252), 96: 246 (254), 128: 255 and 56 bytes of stack, 15 loads a tile (as 8 warps of
-// 16 rows: 173 (223)), 256: 254 and 16 bytes (255, 48). Blocks a multiprocessor: 2 of 4 warps, 1 of 8. Static shared
-// memory, 48 KB at most: 24 KB for 64, 128; 17 and 20 KB for 80, 96; 36 and 48 KB for 192, 256.
+// Registers on sm_90 (sm_75): 64: 224 (252), 80: 223 (232), 96: 246 (254), 128: 255 and 48 bytes of stack, 15 loads a tile
+// (175: 8 warps of 16 rows), 192: 251 (255), 256: 255 (255 and 48 bytes). Blocks a multiprocessor: 2 of 4 warps, 1 of 8.
+// Static shared memory: 32 KB for 64, 128 and 256, 22.5 and 26.6 for 80 and 96, 48, which is the most, for 192.
 //
 // Considered: 16 rows a warp for heads of 128 read twice as much from shared memory, 1,024 cycles: what limits them on an
 // H100 (Turing takes them, whose registers do not suffice otherwise). Queries in shared memory: half as much again to
-// read. More than 48 KB, or wgmma and bulk copies, which Hopper would need for its full rate: other kernels for other
-// devices. Nothing is measured on a device.
+// read. Keys and values by turns in three slots: room for tiles of 64, but two barriers a tile. More than 48 KB, or wgmma
+// and bulk copies, which Hopper would need for its full rate: other kernels for other devices. Nothing is measured on a
+// device.
 #include "mma.cuh"
 
 #define THREADS (32 * WARPS)
@@ -53,6 +53,11 @@
 #define LOG2_E 1.44269504f
 #define MINUS_INFINITY __uint_as_float(0xff800000u)
 #define ONES 0x3c003c00u  // two halves
+#ifdef TURING
+#define BY_REGISTERS true
+#else
+#define BY_REGISTERS false
+#endif
 
 // Where a chunk of a key lies in a slot: the eight rows of a matrix of ldmatrix in all 32 banks.
 __device__ __forceinline__ int place(int row, int chunk) {
@@ -84,10 +89,10 @@ struct Tile {
     uint4 held[COPIES];
 #endif
 
-    __device__ __forceinline__ void begin(const void* room, int slot, const u16* from, int first, int last, bool wanted) {
+    __device__ __forceinline__ void begin(const void* room, int slot, const u16* from, int first, int last) {
 #pragma unroll
         for (int i = 0; i < COPIES; i++) {
-            if (!wanted || row_of(i) >= KEYS) break;
+            if (row_of(i) >= KEYS) break;
             const bool there = first + row_of(i) <= last;
             const u16* const at = from + (size_t)(there ? first + row_of(i) : last) * HEAD_DIM + 8 * chunk_of(i);
 #ifdef TURING
@@ -97,26 +102,24 @@ struct Tile {
             copy_async(shared_address(room) + slot + place_of(i), at, there);
 #endif
         }
-#ifndef TURING
-        copies_commit();  // a group of nothing, too: `arrived` counts
-#endif
     }
 
     // What is left for this thread to do where `begin` only asked for the numbers.
-    __device__ __forceinline__ void finish(void* room, int slot, bool wanted) const {
+    __device__ __forceinline__ void finish(void* room, int slot) const {
 #ifdef TURING
 #pragma unroll
         for (int i = 0; i < COPIES; i++) {
-            if (wanted && row_of(i) < KEYS) *(uint4*)((char*)room + slot + place_of(i)) = held[i];
+            if (row_of(i) < KEYS) *(uint4*)((char*)room + slot + place_of(i)) = held[i];
         }
 #endif
     }
 };
 
-// What this thread began before its last tile is there, and what the others began so too. All threads come.
+// What all threads of the block began is there, and they are done with what they read before. All threads come.
 __device__ __forceinline__ void arrived() {
 #ifndef TURING
-    copies_wait<1>();
+    copies_commit();
+    copies_wait<0>();
 #endif
     __syncthreads();
 }
@@ -275,7 +278,7 @@ __device__ __forceinline__ void tile_softmax(u32 (&weights)[M_TILES][N_STEPS][4]
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
 flash(const float* q, const u16* keys, const u16* values, const int* start, float* out, float* parts, int tokens,
       int group, int positions, float scale) {
-    __shared__ uint4 room[3 * SLOT_BYTES / 16];
+    __shared__ uint4 room[4 * SLOT_BYTES / 16];
     const int head = blockIdx.x, heads = gridDim.x, rows = tokens * group;
     const int block_row = (gridDim.y - 1 - blockIdx.y) * ROWS, row = block_row + threadIdx.x / 32 * WARP_ROWS;
     const int begin = *start, last = begin + (min(block_row + ROWS, rows) - 1) / group;
@@ -285,14 +288,15 @@ flash(const float* q, const u16* keys, const u16* values, const int* start, floa
     keys += (size_t)head * positions * HEAD_DIM;
     values += (size_t)head * positions * HEAD_DIM;
 
-    // Three slots take turns: what is read, what is next, and what is asked for.
-    int here = 0, next = SLOT_BYTES, after = 2 * SLOT_BYTES;
+    // Two pairs of slots, for keys and values, take turns: what is read, and what is asked for.
+    int here = 0, there = 2 * SLOT_BYTES;
     Tile tile;
-    const bool any = first_tile < end_tile;
-    tile.begin(room, here, keys, first_tile * KEYS, last, any);
-    tile.finish(room, here, any);
-    tile.begin(room, next, values, first_tile * KEYS, last, any);
-    tile.finish(room, next, any);
+    if (first_tile < end_tile) {
+        tile.begin(room, here, keys, first_tile * KEYS, last);
+        tile.finish(room, here);
+        tile.begin(room, here + SLOT_BYTES, values, first_tile * KEYS, last);
+        tile.finish(room, here + SLOT_BYTES);
+    }
     u32 query[M_TILES][N_COLUMNS][4];
     float acc[M_TILES][2 * N_COLUMNS][4], sums[M_TILES][2], tops[M_TILES][2], factors[M_TILES][2];
 #pragma unroll
@@ -311,20 +315,22 @@ flash(const float* q, const u16* keys, const u16* values, const int* start, floa
         const bool more = k + 1 < end_tile, busy = row < rows && k * KEYS <= warp_last;  // the whole warp
         u32 weights[M_TILES][N_STEPS][4];
         arrived();
-        tile.begin(room, after, keys, (k + 1) * KEYS, last, more);
+        if (more) tile.begin(room, there, keys, (k + 1) * KEYS, last);
+        if (more && !BY_REGISTERS) tile.begin(room, there + SLOT_BYTES, values, (k + 1) * KEYS, last);
         if (busy) {
             float s[M_TILES][2 * N_STEPS][4];
             tile_scores(s, query, shared_address(room) + here);
             if (k * KEYS + KEYS - 1 > warp_first) mask(s, k * KEYS - begin, row, rows, group);
             tile_softmax(weights, acc, sums, tops, s, factors);
         }
-        tile.finish(room, after, more);
-        arrived();
-        tile.begin(room, here, values, (k + 1) * KEYS, last, more);
-        if (busy) add_values(acc, sums, weights, shared_address(room) + next);
-        tile.finish(room, here, more);
-        const int values_next = here;
-        here = after, after = next, next = values_next;
+        if (more && BY_REGISTERS) {  // which suffice for one at a time
+            tile.finish(room, there);
+            tile.begin(room, there + SLOT_BYTES, values, (k + 1) * KEYS, last);
+        }
+        if (busy) add_values(acc, sums, weights, shared_address(room) + here + SLOT_BYTES);
+        if (more && BY_REGISTERS) tile.finish(room, there + SLOT_BYTES);
+        const int done = here;
+        here = there, there = done;
     }
 #pragma unroll
     for (int m = 0; m < M_TILES; m++) {
