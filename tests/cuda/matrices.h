@@ -71,7 +71,8 @@ inline void multiply(float (&d)[4], const unsigned* a, const unsigned* b, int ei
     const Brought* const warp = meet(what, line);
     const int g = current % 32 / 4, column = 2 * (current % 4);
     for (int t = 0; t < 4; t++) {
-        const float *const rows = warp[4 * g + t].a, *const left = warp[4 * column + t].b, *const right = warp[4 * column + 4 + t].b;
+        const float* const rows = warp[4 * g + t].a;
+        const float *const left = warp[4 * column + t].b, *const right = warp[4 * (column + 1) + t].b;
         for (int k = 0; k < 2 * eights; k++) {
             const float upper = rows[k / 2 * 4 + k % 2], lower = rows[k / 2 * 4 + 2 + k % 2];
             d[0] += upper * left[k], d[1] += upper * right[k];
