@@ -3,8 +3,6 @@ products with the scores in memory; scores of any size, and what is not finite."
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import emulated
 import numpy as np
 import pytest
@@ -14,6 +12,8 @@ from ggufkit_kernels.cuda import attention, loader
 from ggufkit_kernels.cuda.modules import PROMPT_DIMS
 from ggufkit_kernels.cuda.ops import CudaOps
 from ggufkit_kernels.ops_ref import RefOps
+
+emulation = pytest.mark.skipif(emulated.COMPILER is None, reason="the kernels are not run: there is no g++")
 
 
 class Scratch:
@@ -109,6 +109,7 @@ def test_small(device, dim, count):
     near(found, softmax_attention(q, k, v, 52, 0.2), v)
 
 
+@emulation
 @pytest.mark.kernels
 def test_the_way_of_turing():
     """What sm_75 does instead of copies without waiting and of mma.m16n8k16."""
@@ -118,6 +119,7 @@ def test_the_way_of_turing():
         near(found, softmax_attention(q, k, v, 70, 0.1), v)
 
 
+@emulation
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
 def test_either_order_of_threads(dim):
     q, k, v = numbers(70, 1, 3, dim, 90)
@@ -139,6 +141,7 @@ def test_how_many_spans():
     assert attention.spans(132, 8, 30 * 4, 8192, 128, shape) == 33  # 8 blocks, 248 positions each
     assert attention.spans(132, 8, 30 * 4, 200, 128, shape) == 1  # too short to be shared
     assert attention.spans(132, 8, 8 * 128, 1 << 17, 128, shape) == 4
+    assert [attention.spans(132, 8, rows, 1 << 17, 128, shape) for rows in (16 * 128, 17 * 128, 99 * 128)] == [2, 1, 1]
     shape = attention.tiles(256)
     for rows in range(1, 2000, 13):  # their memory is bounded
         assert attention.spans(1000, 1, rows, 1 << 20, 256, shape) * rows * 4 * 258 <= attention.SPANS_NBYTES
@@ -250,7 +253,7 @@ def test_other_tiles(device, shape, monkeypatch):
     near(flash(device, q, k, v, 30, 0.1, 2, shape), softmax_attention(q, k, v, 30, 0.1), v)
 
 
-@pytest.mark.skipif(emulated.COMPILER is None, reason="there is no g++")
+@emulation
 @pytest.mark.parametrize(
     ("text", "other"),
     [
@@ -286,4 +289,4 @@ def test_a_wrong_order_of_copies_would_show(text, other, tmp_path, monkeypatch):
 
 
 def test_the_file_is_known():
-    assert Path("flash.cu").name in loader.files() and loader.kernel_names("flash.cu") == ["flash", "join_spans"]
+    assert "flash.cu" in loader.files() and loader.kernel_names("flash.cu") == ["flash", "join_spans"]

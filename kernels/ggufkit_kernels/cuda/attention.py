@@ -61,11 +61,9 @@ def flash_module(head_dim: int, shape: Tiles) -> Module:
 
 
 def spans(n_sm: int, heads: int, rows: int, stop: int, head_dim: int, shape: Tiles) -> int:
-    """Spans of positions that flash.cu's blocks take, for `rows` queries a key head: more than one where there would be
-    fewer blocks than multiprocessors."""
+    """Spans of positions that flash.cu's blocks take, for `rows` queries a key head: more than one where there would
+    not be more blocks than multiprocessors."""
     blocks = heads * -(-rows // shape.rows)
-    if blocks >= n_sm:
-        return 1
     most = -(-stop // shape.keys) // SPAN_TILES, SPANS_NBYTES // (4 * heads * rows * (head_dim + 2))
     return max(1, min(2 * n_sm // blocks, *most))
 
