@@ -33,7 +33,7 @@ from ggufkit_kernels.cpu import store
 from ggufkit_kernels.cuda import loader
 from ggufkit_kernels.cuda.loader import Kernel, Module
 
-SHIM = Path(__file__).with_name("shim.h"), Path(__file__).with_name("instructions.h")
+SHIM = [Path(__file__).with_name(name) for name in ("shim.h", "instructions.h", "matrices.h")]
 WORDS = os.environ.get("GGUFKIT_EMULATED", "").split()
 SANITIZED = "sanitize" in WORDS
 COMPILER = shutil.which("g++")

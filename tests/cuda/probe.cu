@@ -1,5 +1,5 @@
 // Kernels that test_shim.py asks what the shim does; right ones and wrong ones.
-#include "common.cuh"
+#include "mma.cuh"
 
 extern "C" __global__ void halves(const u16* h, float* f, u16* back, int n) {
     const int k = blockIdx.x * blockDim.x + threadIdx.x;
@@ -113,4 +113,61 @@ extern "C" __global__ void tickets(u32* ticket, int* order, u64* best, float* to
 extern "C" __global__ void arguments(const float* x, const uint4* y, const u16* z, int i, float f, void* any, float* out) {
     out[0] = x[0] + (float)y[0].w + half_to_float(z[0]) + (float)i + f;
     out[1] = any == nullptr;
+}
+
+// What a lane holds of A, B and D, given and taken as it is: a (32, 4), b (32, 2), d (32, 4); `eights` of 8 columns of A.
+extern "C" __global__ void products(const u32* a, const u32* b, float* d, int eights) {
+    const u32* const own_a = a + 4 * threadIdx.x;
+    float sums[4];
+    for (int i = 0; i < 4; i++) sums[i] = d[4 * threadIdx.x + i];
+    const u32 whole[4] = {own_a[0], own_a[1], own_a[2], own_a[3]};
+    if (eights == 2)
+        mma(sums, whole, b[2 * threadIdx.x], b[2 * threadIdx.x + 1]);
+    else
+        mma_k8(sums, own_a[0], own_a[1], b[2 * threadIdx.x]);
+    for (int i = 0; i < 4; i++) d[4 * threadIdx.x + i] = sums[i];
+}
+
+// Rows of 8 halves, x (40, 8), go to shared memory; lane k asks for row rows[k]. `conflicts`: whether banks may.
+extern "C" __global__ void matrices(const u32* x, const int* rows, u32* plain, u32* transposed, int conflicts) {
+    __shared__ uint4 room[40];
+#ifdef EMULATED
+    shim::conflicts_allowed = conflicts;
+#endif
+    for (int i = threadIdx.x; i < 160; i += 32) ((u32*)room)[i] = x[i];
+    __syncthreads();
+    u32 r[4];
+    const Shared row = shared_address(room + rows[threadIdx.x]);
+    ldmatrix(r, row);
+    for (int i = 0; i < 4; i++) plain[4 * threadIdx.x + i] = r[i];
+    ldmatrix_trans(r, row);
+    for (int i = 0; i < 4; i++) transposed[4 * threadIdx.x + i] = r[i];
+}
+
+// x (2 * 64, 4) by way of shared memory, in two groups, to out (64, 4): each thread takes what its neighbour copied. The
+// last `absent` threads' copies bring nothing. kind 0: right; 1: the second group is not waited for; 2: no barrier; 3: no
+// group is closed; 4: they end without having waited.
+extern "C" __global__ void copies(const uint4* x, uint4* out, int kind, int absent) {
+    __shared__ uint4 room[2][64];
+    const int k = threadIdx.x;
+#ifdef TURING
+    room[1][k] = x[64 + k];
+    __syncthreads();
+#else
+    for (int group = 0; group < 2; group++) {
+        copy_async(shared_address(&room[group][k]), x + 64 * group + k, k < 64 - absent);
+        if (kind != 3) copies_commit();
+    }
+    if (kind == 4) return;
+    if (kind == 1)
+        copies_wait<1>();
+    else
+        copies_wait<0>();
+    if (kind != 2) __syncthreads();
+#endif
+    out[k] = room[1][(k + 1) % 64];
+#ifndef TURING
+    copies_commit();
+    copies_wait<0>();
+#endif
 }

@@ -86,6 +86,14 @@ namespace shim {
 
 enum Wait { RUNS, AT_BARRIER, IN_WARP, ENDED };
 
+const int MOST_COPIES = 64;  // of a thread, under way
+
+struct Copy {  // of 16 bytes, see matrices.h
+    uint64_t to;
+    const void* from;  // null: zeros
+    int group;
+};
+
 struct Fiber {
 #ifdef SHIM_UCONTEXT
     ucontext_t context;
@@ -98,6 +106,9 @@ struct Fiber {
     int line;
     unsigned mask;        // the lanes it waits for
     uint64_t value;       // what it brought
+    int turn;             // of two rooms for what it brings, see matrices.h
+    Copy copy[MOST_COPIES];
+    int copies, groups;   // copies under way; groups that it has closed
 };
 
 const int MOST = 1024;  // threads a block
@@ -175,6 +186,7 @@ inline void begin() {
     __sanitizer_finish_switch_fiber(nullptr, &host_stack, &host_stack_bytes);
 #endif
     body(arguments);
+    if (fibers[current].copies) fail("a thread ends while copies of its are under way", 0);
     for (;;) leave(ENDED);
 }
 
@@ -183,6 +195,7 @@ inline void create(int index) {
     char* low = stacks + index * stack_bytes;
     *(uint64_t*)low = CANARY;
     fiber.wait = RUNS;
+    fiber.turn = fiber.copies = fiber.groups = 0;
     fiber.fake_stack = nullptr;
 #ifdef SHIM_UCONTEXT
     getcontext(&fiber.context);
@@ -288,6 +301,8 @@ inline bool release_block(int threads) {
     for (int k = 0; k < threads; k++) fibers[k].wait = RUNS;
     return true;
 }
+
+inline bool is_shared(const char* at) { return at >= __start_shared_memory && at < __stop_shared_memory; }
 
 // The NaN pattern 0x7fd5 in shared memory. Byte by byte, red zones and all: the sanitizer must not look.
 __attribute__((no_sanitize("address", "undefined"))) inline void spoil_shared() {
@@ -395,3 +410,4 @@ inline const char* launch(void (*call)(void**), const int* grid, int block, void
     }
 
 #include "instructions.h"
+#include "matrices.h"

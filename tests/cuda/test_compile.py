@@ -9,6 +9,7 @@ every module for one of them (by a hash of its name), and with --slow everything
 from __future__ import annotations
 
 import os
+import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import nvrtc_binding
 import pytest
 from ggufkit_formats.errors import DeviceError
-from ggufkit_kernels.cuda import cupy_device, loader
+from ggufkit_kernels.cuda import attention, cupy_device, loader
 from ggufkit_kernels.cuda.cupy_device import Compiler
 from ggufkit_kernels.cuda.loader import Module
 
@@ -116,6 +117,38 @@ def test_newer_and_older_devices():
     assert newer.target.startswith("compute_1") and b".entry sums" in newer.code(PROBE)
     with pytest.raises(DeviceError, match=r"does not compile for compute capability 5\.2"):
         Compiler(nvrtc_binding, 52, lambda line: None)
+
+
+def assembly(module: Module, arch: int) -> str:
+    """PTX for an architecture and, behind it, what its assembler says of registers."""
+    texts = []
+    for target, more, get in (
+        (f"compute_{arch}", (), nvrtc_binding.getPTX),
+        (f"sm_{arch}", ("--ptxas-options=-v",), nvrtc_binding.getProgramLog),
+    ):
+        program = nvrtc_binding.createProgram(loader.source(module), module.file, (), ())
+        nvrtc_binding.compileProgram(program, (*loader.options(module), f"-arch={target}", *more))
+        text = get(program)
+        texts.append(text if isinstance(text, str) else text.decode())
+        nvrtc_binding.destroyProgram(program)
+    return "".join(texts)
+
+
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("arch", [75, 90])
+def test_prompts_attention_takes_matrix_instructions(arch, dim):
+    """On Turing the ones that it has; the registers suffice but for a few numbers, or for some more on Turing."""
+    text = assembly(attention.flash_module(dim, attention.tiles(dim, arch)), arch)
+    for there, instruction in (
+        (True, "ldmatrix.sync.aligned.m8n8.x4.shared.b16"),
+        (True, "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"),
+        (arch < 80, "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32"),
+        (arch >= 80, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"),
+        (arch >= 80, "cp.async.cg.shared.global"),
+    ):
+        assert (instruction in text) == there, instruction
+    stack = re.search(r"Function properties for flash\n.*?(\d+) bytes stack frame", text)
+    assert stack and int(stack[1]) <= (64 if arch >= 80 else 128)
 
 
 def test_an_error_names_its_line(tmp_path):

@@ -142,6 +142,106 @@ def test_integer_instructions(device):
         assert out[:, k].tolist() == wanted, k
 
 
+def layout(threads, values):
+    """Where each lane's values lie: offsets (32, number of values) of (count, stride) pairs, the first running fastest,
+    in the notation of CuTe (NVIDIA/cutlass, include/cute/atom: mma_traits_sm80.hpp, copy_traits_sm75.hpp)."""
+
+    def offsets(pairs):
+        found = np.zeros(1, np.int64)
+        for count, stride in pairs:
+            found = (np.arange(count)[:, None] * stride + found).reshape(-1)
+        return found
+
+    return offsets(threads)[:, None] + offsets(values)
+
+
+LANES_4_8 = [(4, 32), (8, 1)]  # of A and D, 16 rows, the rows running fastest
+ROWS_OF_D = layout(LANES_4_8, [(2, 16), (2, 8)])
+FRAGMENTS = {  # eighths: where A (16 rows) and B (8 columns, running fastest) are held
+    1: (layout(LANES_4_8, [(2, 16), (2, 8)]), layout([(4, 16), (8, 1)], [(2, 8)])),
+    2: (layout(LANES_4_8, [(2, 16), (2, 8), (2, 128)]), layout([(4, 16), (8, 1)], [(2, 8), (2, 64)])),
+}
+
+
+@pytest.mark.parametrize("eights", FRAGMENTS)
+def test_matrix_products(device, eights):
+    """Every number of A and B is where the layouts say, and every product arrives."""
+    rng = np.random.default_rng(6)
+    in_a, in_b = FRAGMENTS[eights]
+    a, b = rng.integers(-9, 10, (16, 8 * eights)), rng.integers(-9, 10, (8 * eights, 8))
+    before = rng.integers(-99, 100, (16, 8))
+    held_a, held_b = np.zeros((32, 8), np.float16), np.zeros((32, 4), np.float16)
+    held_a[:, : in_a.shape[1]] = a.reshape(-1, order="F")[in_a]
+    held_b[:, : in_b.shape[1]] = b.reshape(-1)[in_b]
+    held_d = before.reshape(-1, order="F")[ROWS_OF_D].astype(np.float32)
+    *_, out = run_any(device, "products", 1, 32, held_a.view(np.uint32), held_b.view(np.uint32), held_d, eights)
+    assert np.array_equal(out, (a @ b + before).reshape(-1, order="F")[ROWS_OF_D])
+
+
+def test_products_of_any_halves(device):
+    """Subnormal halves count; NaN and infinity stay in their row and column."""
+    in_a, in_b = FRAGMENTS[2]
+    a, b = np.full((16, 16), 2.0**-24), np.ones((16, 8))
+    a[3, 5], a[7, 1], b[2, 6] = np.nan, np.inf, -np.inf
+    held_a, held_b = a.reshape(-1, order="F")[in_a].astype(np.float16), b.reshape(-1)[in_b].astype(np.float16)
+    *_, out = run_any(
+        device, "products", 1, 32, held_a.view(np.uint32), held_b.view(np.uint32), np.zeros((32, 4), np.float32), 2
+    )
+    d = np.zeros(128)
+    d[ROWS_OF_D] = out
+    with np.errstate(invalid="ignore"):
+        assert np.array_equal(d.reshape((16, 8), order="F"), a @ b, equal_nan=True)
+
+
+def test_matrices_from_shared_memory(device):
+    rng = np.random.default_rng(7)
+    x, rows = rng.permutation(320).astype(np.uint16), rng.permutation(40)[:32].astype(np.int32)
+    outs = np.zeros((2, 32, 4), np.uint32)
+    *_, plain, transposed = run_any(device, "matrices", 1, 32, x.view(np.uint32), rows, *outs, 1)
+    chosen = x.reshape(40, 8)[rows].reshape(-1)  # four matrices of 8 x 8, in halves
+    assert np.array_equal(plain.view(np.uint16), chosen[layout([(32, 2)], [(2, 1), (4, 64)])])
+    assert np.array_equal(transposed.view(np.uint16), chosen[layout([(4, 16), (8, 1)], [(2, 8), (4, 64)])])
+
+
+def test_bank_conflicts_of_matrices_are_named(both):
+    x, outs = np.zeros(160, np.uint32), np.zeros((2, 32, 4), np.uint32)
+    rows = np.arange(32, dtype=np.int32).reshape(4, 8)
+    rows[2] = rows[2, ::-1]
+    rows[3, 1] = 35  # the banks of 27, which goes
+    rows[3, 3] = 25
+    run(both, "matrices", 1, 32, x, rows.reshape(-1), *outs, 0)
+    rows[3, 3] = 34
+    with pytest.raises(DeviceError, match="bank conflicts"):
+        run(both, "matrices", 1, 32, x, rows.reshape(-1), *outs, 0)
+
+
+@pytest.mark.parametrize("absent", [0, 5])
+def test_copies(device, absent):
+    x = np.arange(512, dtype=np.uint32)
+    if getattr(device, "arch", 80) < 80:
+        pytest.skip("this device has no cp.async")
+    _, out = run_any(device, "copies", 1, 64, x, np.zeros(256, np.uint32), 0, absent)
+    wanted = x.reshape(2, 64, 4)[1].copy()
+    wanted[64 - absent :] = 0
+    assert np.array_equal(out.reshape(64, 4), np.roll(wanted, -1, 0))
+
+
+@pytest.mark.parametrize("kind", [1, 2, 3])
+def test_copies_that_are_not_waited_for_show(kind):
+    """What was not waited for is not there, and what others wait for only behind a barrier, in one order at least."""
+    x, seen = np.arange(512, dtype=np.uint32), []
+    for reverse in (False, True):
+        device = EmulatedDevice(reverse=reverse)
+        seen.append(run(device, "copies", 1, 64, x, np.zeros(256, np.uint32), kind, 0)[1].reshape(64, 4))
+    wanted = np.roll(x.reshape(2, 64, 4)[1], -1, 0)
+    assert any((out[:-1] == 0x7FD57FD5).any() or (out != wanted).any() for out in seen)
+
+
+def test_copies_under_way_at_the_end(both):
+    with pytest.raises(DeviceError, match="ends while copies of its are under way"):
+        run(both, "copies", 1, 64, np.arange(512, dtype=np.uint32), np.zeros(256, np.uint32), 4, 0)
+
+
 def test_floats_to_integers(device):
     x = np.array([0.5, 1.5, 2.5, -0.5, -1.5, 1e20, -1e20, np.nan, np.inf, -np.inf, 126.5, -127.49], np.float32)
     _, rn, rz = run_any(device, "to_int", 1, 32, x, np.zeros(12, np.int32), np.zeros(12, np.int32), 12)

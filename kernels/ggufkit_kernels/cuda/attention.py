@@ -1,4 +1,4 @@
-"""Keys and values on the device, and the launches of attention over them: see attention.cu and prompt.cu.
+"""Keys and values on the device, and the launches of attention over them: see attention.cu, flash.cu and prompt.cu.
 
 As in weights.py nothing is launched here: functions return the arguments of `Device.launch`.
 """
@@ -21,12 +21,51 @@ THREADS, TILE = 256, 128  # as in attention.cu
 BLOCKS = 2  # of one token's attention, on a multiprocessor
 FIRST_POSITIONS = 512  # of a new cache
 SCRATCH_NBYTES = 128 << 20  # of a prompt's scores and weights at a time, about
+SPANS_NBYTES = 32 << 20  # at most, of what the spans of positions of flash.cu leave
+SPAN_TILES = 4  # of positions, that a span has at least
 PROMPT = module("prompt.cu")
 
 
 def attend_module(head_dim: int, group: int) -> Module:
     """The module of one token's attention."""
     return module("attention.cu", HEAD_DIM=head_dim, GROUP=group)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How flash.cu is compiled: warps of a block, tiles of 16 rows of a warp, positions of a tile."""
+
+    warps: int
+    m_tiles: int
+    keys: int
+
+    @property
+    def rows(self) -> int:
+        return 16 * self.m_tiles * self.warps
+
+
+# Up to a head_dim; what decided: see flash.cu. Turing has registers for fewer rows.
+TILES = {64: Tiles(4, 2, 64), 128: Tiles(4, 2, 32), 192: Tiles(8, 1, 32), 256: Tiles(8, 1, 16)}
+TURING_TILES = {64: Tiles(4, 2, 64), 96: Tiles(4, 2, 32), 192: Tiles(8, 1, 32), 256: Tiles(8, 1, 16)}
+
+
+def tiles(head_dim: int, arch: int = 90) -> Tiles | None:
+    """The shape of flash.cu for heads of this size, None where there is none."""
+    shapes = TILES if arch >= 80 else TURING_TILES
+    return None if head_dim % 16 else next((shape for most, shape in shapes.items() if head_dim <= most), None)
+
+
+def flash_module(head_dim: int, shape: Tiles) -> Module:
+    """The module of a prompt's attention."""
+    return module("flash.cu", HEAD_DIM=head_dim, WARPS=shape.warps, M_TILES=shape.m_tiles, KEYS=shape.keys)
+
+
+def spans(n_sm: int, heads: int, rows: int, stop: int, head_dim: int, shape: Tiles) -> int:
+    """Spans of positions that flash.cu's blocks take, for `rows` queries a key head: more than one where there would
+    not be more blocks than multiprocessors."""
+    blocks = heads * -(-rows // shape.rows)
+    most = -(-stop // shape.keys) // SPAN_TILES, SPANS_NBYTES // (4 * heads * rows * (head_dim + 2))
+    return max(1, min(2 * n_sm // blocks, *most))
 
 
 class CudaCache(Positions):
@@ -126,11 +165,36 @@ def rope_append(q: Array | None, k: Array, v: Array, cache: CudaCache, layer: in
 
 
 def prompt(device: Device, scratch: Any, q: Array, cache: CudaCache, layer: int, position: Array, start: int,
-           scale: float, out: Array) -> None:  # fmt: skip
+           scale: float, out: Array, fused: bool = True) -> None:  # fmt: skip
     """Attention of the queries q (n, n_heads, head_dim) at start …, whose keys are stored already, to out.
 
-    `scratch(name, shape, dtype)` gives memory. By tiles of tokens, so that it is bounded.
+    `scratch(name, shape, dtype)` gives memory. `fused`: by flash.cu, where the size of a head has a kernel.
     """
+    shape = tiles(cache.head_dim, device.arch) if fused else None
+    if shape is None:
+        _apart(device, scratch, q, cache, layer, position, start, scale, out)
+        return
+    n, n_heads, dim = q.shape
+    heads = cache.n_kv_heads
+    group = n_heads // heads
+    rows, kernels = n * group, flash_module(dim, shape)
+    count = spans(device.n_sm, heads, rows, start + n, dim, shape)
+    parts = scratch("spans", (count, heads, rows, dim + 2), np.float32) if count > 1 else None
+    grid = (heads, -(-rows // shape.rows), count)
+    device.launch(kernels.kernel("flash"), grid, 32 * shape.warps, q, cache.keys[layer], cache.values[layer], position,
+                  out, parts, n, group, cache.positions, float(scale))  # fmt: skip
+    if parts is not None:
+        device.launch(kernels.kernel("join_spans"), (-(-rows // 4), heads), 128, parts, out, count, rows, group)
+
+
+def prompt_nbytes(n: int, n_heads: int, head_dim: int) -> int:
+    """What `prompt` takes of scratch for n tokens, at most."""
+    return SPANS_NBYTES if tiles(head_dim) else 10 * n * n_heads * head_dim + SCRATCH_NBYTES
+
+
+def _apart(device: Device, scratch: Any, q: Array, cache: CudaCache, layer: int, position: Array, start: int,
+           scale: float, out: Array) -> None:  # fmt: skip
+    """The same by products with the scores in memory, by tiles of tokens, so that these are bounded."""
     n, n_heads, dim = q.shape
     heads = cache.n_kv_heads
     group = n_heads // heads

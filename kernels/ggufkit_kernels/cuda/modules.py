@@ -10,6 +10,7 @@ from .loader import Module
 PLAIN: tuple[str, ...] = ("elementwise.cu", "prompt.cu", "sample.cu")  # compiled without macros
 # head_dim and queries a key head: of the networks there are, and the ends of what attention.cu takes
 HEADS = ((64, 3), (64, 8), (80, 1), (128, 1), (128, 4), (128, 8), (34, 3), (2, 1), (256, 16), (250, 16))
+PROMPT_DIMS = (64, 80, 96, 128, 192, 256, 16, 112)  # heads of flash.cu: of networks, the smallest, one that is padded
 
 
 def modules() -> Iterator[Module]:
@@ -18,6 +19,10 @@ def modules() -> Iterator[Module]:
         yield loader.module(file)
     for head_dim, group in HEADS:
         yield attention.attend_module(head_dim, group)
+    for head_dim in PROMPT_DIMS:
+        for arch in (90, 75):
+            if shape := attention.tiles(head_dim, arch):
+                yield attention.flash_module(head_dim, shape)
     yield encode.MODULE
     for lanes in (16, 8):
         yield from weights.modules(lanes=lanes)

@@ -54,6 +54,7 @@ class CudaOps:
     name = "cuda"
     n_batch = 2048  # tokens of a prompt at a time: what unpacking the weights costs is spread over them
     prefetched = 0  # bytes of the matrix behind one token's attention, asked for beside it. For measurements
+    fused_prompt = True  # a prompt's attention in one launch (flash.cu), where its heads have a kernel
     most_top = launches.MOST_TOP  # logits that `top` finds at most
 
     def __init__(self, device: Device, threads: int | None = None, fused: bool = True):
@@ -242,7 +243,7 @@ class CudaOps:
             self.device.launch(*attention.attend(q, k, v, cache, layer, position, parts, out, scale, Rotation()))
         elif n:
             self.device.launch(*attention.rope_append(None, k, v, cache, layer, position, n_heads, Rotation()))
-            attention.prompt(self.device, self.scratch, q, cache, layer, position, start, scale, out)
+            attention.prompt(self.device, self.scratch, q, cache, layer, position, start, scale, out, self.fused_prompt)
         return out
 
     def swiglu(self, gate: Array, up: Array) -> Array:

@@ -29,7 +29,7 @@ def scratch_nbytes(dim: int, n_ffn: int, n_heads: int, n_kv_heads: int, head_dim
     """What a prompt takes beside weights and cache at its worst, rotary angles, and something for cuBLAS and code."""
     n = min(ops.CudaOps.n_batch, n_ctx)
     a_token = 4 * (4 * dim + 3 * n_ffn + (2 * n_heads + 2 * n_kv_heads) * head_dim) + 4 * max(dim, n_ffn)
-    queries = 10 * n * n_heads * head_dim
+    prompt = attention.prompt_nbytes(n, n_heads, head_dim)
     tables = 4 * n_ctx * head_dim
     slab = ops.SLAB_NBYTES + 2 * max(dim, n_ffn) * 16
-    return n * a_token + queries + attention.SCRATCH_NBYTES + tables + slab + 8 * n_vocab + (128 << 20)
+    return n * a_token + prompt + tables + slab + 8 * n_vocab + (128 << 20)
