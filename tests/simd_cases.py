@@ -195,6 +195,8 @@ def others(ops: CpuOps) -> Iterator[tuple[str, np.ndarray]]:
     want = ref.relu2(finite.copy(), up)
     yield "relu2", near(ops.relu2(finite.copy(), up), want, 2e-6 * np.abs(want) + 1e-30, "relu2")
     yield "add", same(ops.add(gate.copy(), up), gate + up, "add")
+    logits = normal(12, 1, 5003)
+    yield "top", same(ops.top(logits, 40)[1], np.sort(logits[0])[:-41:-1], "top")
 
 
 def run(ops: CpuOps, parts: Iterable[str] = PARTS) -> dict[str, np.ndarray]:
