@@ -18,6 +18,7 @@ from oracles.llama import Llama, available
 
 TOOLS = Path(__file__).parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
+import decode_share  # noqa: E402
 import make_model  # noqa: E402
 from peers import data, host, limits, measure, report, wire  # noqa: E402
 
@@ -295,3 +296,26 @@ def test_gpu_check_in_emulation(tmp_path):
         for way in ("", "_by_token"):
             assert row[f"kl_cuda{way}"] <= max(1.2 * row[f"kl_cpu{way}"], 1e-6)
     assert "decode 8b q4_k_m, share of the copy bandwidth: not measured" in done.stdout
+
+
+# -- decode_share ------------------------------------------------------------------------------------
+
+
+def test_share_of_reading_is_told_by_pace(tmp_path: Path):
+    path, said = tmp_path / "tiny.gguf", tmp_path / "turns.json"
+    make_model.write("tiny", "q4_0", path)
+    command = [sys.executable, str(TOOLS / "decode_share.py"), str(path), "--seconds", "0.3", "--buffer", str(1 << 22)]
+    run = subprocess.run([*command, "--json", str(said)], capture_output=True, text=True, check=True)
+    turns = np.array(json.loads(said.read_text())["tiny.gguf"])
+    assert turns.shape[1] == 3 and (turns > 0).all()
+    whole = next(line for line in run.stdout.splitlines() if line.strip().startswith("all"))
+    better = turns[:, int(np.argmax(np.median(turns[:, :2], axis=0)))]
+    assert float(whole.split()[3]) == pytest.approx(np.median(turns[:, 2] / better), abs=0.006)
+
+
+def test_share_of_reading_of_given_turns():
+    turns = np.repeat([[10e9, 9e9, 9e9], [20e9, 19e9, 10e9], [40e9, 45e9, 36e9]], 2, axis=0)
+    lines = [line.split() for line in decode_share.report("m", turns).splitlines()]
+    assert [line[:4] for line in lines[3:]] == [
+        ["slow", "10.0", "9.0", "0.90"], ["middle", "20.0", "10.0", "0.50"], ["fast", "40.0", "36.0", "0.90"],
+    ]  # fmt: skip
