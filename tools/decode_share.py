@@ -3,9 +3,9 @@
     python tools/decode_share.py 1b-q4_k_m.gguf 1b-q8_0.gguf [--seconds 60] [--json FILE]
 
 A turn is a reading with one stream a thread, four tokens, a reading with four; the share is the tokens' bytes of
-weights a second over those of the way to read that is better on the whole. On a machine that others use too, memory changes
-its pace within seconds: what lies between two readings was done at theirs. Turns are told apart by the pace of
-reading, in thirds.
+weights a second over those of the way to read that is better on the whole. On a machine that others use too, memory
+changes its pace within seconds: what lies between two readings was done at theirs. Turns are told apart by the pace
+of reading, in thirds.
 """
 
 from __future__ import annotations
