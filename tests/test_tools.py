@@ -20,6 +20,7 @@ TOOLS = Path(__file__).parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
 import decode_share  # noqa: E402
 import make_model  # noqa: E402
+import speed_plot  # noqa: E402
 from peers import data, host, limits, measure, report, wire  # noqa: E402
 
 needs_llama_cpp = pytest.mark.skipif(not available(), reason="needs xllamacpp")
@@ -319,3 +320,32 @@ def test_share_of_reading_of_given_turns():
     assert [line[:4] for line in lines[3:]] == [
         ["slow", "10.0", "9.0", "0.90"], ["middle", "20.0", "10.0", "0.50"], ["fast", "40.0", "36.0", "0.90"],
     ]  # fmt: skip
+
+
+# -- speed_plot --------------------------------------------------------------------------------------
+
+
+def test_speeds_are_drawn(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+
+    def result(test: str, ratio: float) -> dict:
+        peer = {"median": 10.0, "values": [10.0], "ratio": ratio, "min": ratio - 0.125, "max": ratio + 0.25}
+        return {"test": test, "contenders": {"ggufkit": {"median": 10.0, "values": [10.0]}, "native": peer}}
+
+    versions = {"ggufkit": {"version": "0.1.0", "simd": "avx2"}, "native": {"version": "llama-cpp-python 0.3.36"}}
+    models = [
+        {"file": f"{size}-q4_0.gguf", "type": "Q4_0", "results": [result("pp512", 2.5), result("tg64", 1.25)]}
+        for size in ("1b", "135m")
+    ]
+    document = {"machine": {"cpu": "Some CPU", "features": []}, "contenders": versions, "threads": 2, "pairs": 7}
+    said = tmp_path / "a.json"
+    said.write_text(json.dumps(document | {"models": models}))
+    assert speed_plot.rows([json.loads(said.read_text())], "tg", "native") == [
+        ("1b Q4_0", 1.25, 1.125, 1.5), ("135m Q4_0", 1.25, 1.125, 1.5),
+    ]  # fmt: skip
+    command = [sys.executable, str(TOOLS / "speed_plot.py")]
+    for name in ("a.svg", "b.svg"):
+        subprocess.run([*command, str(tmp_path / name), str(said)], check=True)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    absent = subprocess.run([*command, str(tmp_path / "c.svg"), str(said), "--peer", "xllamacpp"], capture_output=True)
+    assert absent.returncode == 2 and b"beside xllamacpp" in absent.stderr and not (tmp_path / "c.svg").exists()
