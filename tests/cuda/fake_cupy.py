@@ -1,4 +1,4 @@
-"""What of CuPy 14 `CupyDevice` calls, as far as that can be had without a GPU: memory of the host, and streams that only
+"""What of CuPy 14 `CupyDevice` calls, as far as that can be had without a GPU: memory of the host, streams that only
 note what was queued. Copies to "the device" happen when their stream is waited for, as they may on a real one.
 
 It refuses what CuPy's own source refuses (types that Cython declares; copies and cuBLAS in a stream that is being
@@ -14,7 +14,7 @@ import numpy as np
 
 
 class CUDARuntimeError(RuntimeError):
-    """CuPy's takes the status alone and asks CUDA for the text; CUDADriverError, CUBLASError and NVRTCError are alike."""
+    """CuPy's takes the status alone and asks CUDA for the text; CUDADriverError, CUBLASError, NVRTCError are alike."""
 
     def __init__(self, status: int, text: str):
         super().__init__(text)

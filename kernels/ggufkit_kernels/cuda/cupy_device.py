@@ -124,7 +124,7 @@ def _missing(error: Exception) -> DeviceError:
 
 
 def _hush() -> None:
-    """After a fault of the device each of CuPy's objects fails to be freed, and Python would print a traceback for each."""
+    """After a fault of the device no object of CuPy's can be freed, and Python would print a traceback for each."""
     before = sys.unraisablehook
     if getattr(before, "hushed", False):
         return
