@@ -296,7 +296,8 @@ def test_levels_of_a_graph(fake, widths):
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("lead", [(), (3,)])
 @pytest.mark.parametrize("cut", [0, 8])
-def test_gemm_in_columns(fake, lead, transposed, beta, cut):
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_gemm_in_columns(fake, dtype, lead, transposed, beta, cut):
     """Against the definition of cuBLAS's call, also where rows are parts of wider ones."""
     device = CupyDevice()
     rng = np.random.default_rng(5)
@@ -313,13 +314,15 @@ def test_gemm_in_columns(fake, lead, transposed, beta, cut):
         wide.shape, wide.strides = wide.host.shape, wide.host.strides
         return wide
 
-    x, w, out = part(x, np.float16), part(w, np.float16), part(np.ones((*lead, m, n)), np.float32)
+    x, w, out = part(x, dtype), part(w, dtype), part(np.ones((*lead, m, n)), np.float32)
     right = np.swapaxes(w.host, -1, -2) if transposed else w.host
     wanted = x.host.astype(np.float64) @ right.astype(np.float64) + beta
     device.gemm(x, w, out, beta, transposed)
     assert np.allclose(out.host, wanted, atol=1e-5)
     with pytest.raises(ValueError):
         device.gemm(x, w, out, beta, not transposed)
+    with pytest.raises(ValueError):
+        device.gemm(x, part(w.host, np.float32 if dtype == np.float16 else np.float16), out, beta, transposed)
 
 
 # -- the real CuPy, where it is installed ------------------------------------------------------------------

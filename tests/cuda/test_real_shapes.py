@@ -49,7 +49,7 @@ class DryDevice(EmulatedDevice):
         n, k = (w.shape[-2:] if transposed else w.shape[:-3:-1])[:2]
         assert x.shape[:-2] == w.shape[:-2] == out.shape[:-2]
         assert (x.shape[-1], out.shape[-2:]) == (k, (x.shape[-2], n))
-        assert x.dtype == w.dtype and out.dtype == np.float32
+        assert x.dtype == w.dtype and x.dtype in (np.float16, np.float32) and out.dtype == np.float32
 
 
 @pytest.mark.skipif(emulated.COMPILER is None, reason="there is no g++")

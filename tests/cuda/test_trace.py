@@ -175,6 +175,39 @@ def test_a_network_that_fuses_little(device, codes, nearness):
         assert distance(found, expected) < nearness
 
 
+@pytest.mark.parametrize("cols", [64, 33])
+def test_many_tokens_with_float32_weights(device, monkeypatch, cols):
+    """By cuBLAS in float32, in several pieces: nothing is rounded, as on the CPU."""
+    from ggufkit_formats.blocks import find
+    from ggufkit_kernels.cpu.ops import CpuOps
+    from ggufkit_kernels.cpu.simd import LANES
+    from ggufkit_kernels.cuda import ops
+    from memory_tensors import encoded
+
+    rng = np.random.default_rng(8)
+    values = rng.standard_normal((5 * LANES + 3, cols)).astype(np.float32)
+    values[2, :2] = 2e37, 1e-40  # which halves do not hold
+    bias = rng.standard_normal(len(values)).astype(np.float32)
+    monkeypatch.setattr(ops, "SLAB_NBYTES", 4 * cols * 2 * LANES)  # three pieces
+    ours, cpu, launched = ops.CudaOps(device, 1), CpuOps(1), []
+    weight, other = ours.weight(encoded(find("F32"), values)), cpu.weight(encoded(find("F32"), values))
+    real = device.launch
+    monkeypatch.setattr(device, "launch", lambda kernel, *rest: (launched.append(kernel.name), real(kernel, *rest)))
+    for n in (9, 33):
+        x = rng.standard_normal((n, cols)).astype(np.float32)
+        x[0, 0] = 1e-39
+        exact = x.astype(np.float64) @ values.astype(np.float64).T + bias
+        size = np.abs(x).astype(np.float64) @ np.abs(values).astype(np.float64).T + np.abs(bias)
+        found = ours.to_numpy(ours.matmul(weight, device.upload(x), device.upload(bias)))
+        error = np.abs(found - exact) / size
+        assert error.max() < 1e-6 and error.max() <= 1.2 * (np.abs(cpu.matmul(other, x, bias) - exact) / size).max()
+        assert np.array_equal(found, ours.to_numpy(ours.matmul(weight, device.upload(x))) + bias)
+        x[1, 3] = np.nan
+        found = ours.to_numpy(ours.matmul(weight, device.upload(x)))
+        assert np.isnan(found[1]).all() and np.isfinite(np.delete(found, 1, axis=0)).all()
+    assert set(launched) == {"plain_unpack", "add_rows"} and launched.count("plain_unpack") == 2 * 3 * 3
+
+
 def test_variants_to_be_measured_compute_the_same(llama):
     """Weights asked for beside attention, and blocks of a matvec that go from strip to strip."""
     ids = [1, 300, 7]

@@ -419,13 +419,14 @@ class CupyDevice:
         """out = x @ w.T + beta * out by cuBLAS, which counts in columns: out.T = w @ x.T."""
         m, k = x.shape[-2:]
         n = out.shape[-1]
-        if w.shape[-2:] != ((n, k) if transposed else (k, n)) or out.shape[-2] != m:
-            raise ValueError(f"{x.shape} and {w.shape} do not make {out.shape}")
+        if w.shape[-2:] != ((n, k) if transposed else (k, n)) or out.shape[-2] != m or w.dtype != x.dtype:
+            raise ValueError(f"{x.dtype} {x.shape} and {w.dtype} {w.shape} do not make {out.shape}")
         with _said(), self.stream:
             cublas = self.cupy.cuda.cublas  # not by its module's name: CuPy finds the library by this one's
             handle = self.cupy.cuda.device.get_cublas_handle()
             factor = np.array([beta], np.float32)
-            operands = [(a.data.ptr, kind, a.strides[-2] // a.itemsize) for a, kind in ((w, _R_16F), (x, _R_16F))]
+            kind = {np.dtype(np.float16): _R_16F, np.dtype(np.float32): _R_32F}[x.dtype]  # float32: not TF32 by default
+            operands = [(a.data.ptr, kind, a.strides[-2] // a.itemsize) for a in (w, x)]
             head = (handle, _T if transposed else _N, _N, n, m, k, self._alpha.ctypes.data)
             if x.ndim == 2:
                 (a, a_type, lda), (b, b_type, ldb) = operands
