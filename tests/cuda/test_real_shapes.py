@@ -53,7 +53,7 @@ class DryDevice(EmulatedDevice):
 
 
 @pytest.mark.skipif(emulated.COMPILER is None, reason="there is no g++")
-@pytest.mark.parametrize(("shape", "type", "levels"), [("8b", "q4_k_m", 15), ("1b", "f16", None)])
+@pytest.mark.parametrize(("shape", "type", "levels"), [("8b", "q4_k_m", 13), ("1b", "f16", None)])
 def test_every_launch_is_one_that_the_device_takes(monkeypatch, shape, type, levels):
     monkeypatch.setitem(
         gpu_parts.make_model.SHAPES, shape, gpu_parts.make_model.SHAPES[shape] | {"num_hidden_layers": 2}
