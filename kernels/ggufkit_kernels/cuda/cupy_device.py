@@ -274,7 +274,7 @@ class CupyDevice:
                     progress(done, len(missing))
             return made
 
-        with _said(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        with _said(), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
             for module, made in zip(missing, threads.map(code, missing), strict=True):
                 self._load(module, made)
 
