@@ -30,6 +30,8 @@ CASES = {
 
 @pytest.fixture
 def on_device(device, monkeypatch):
+    """As a device of few multiprocessors, for which networks as small as these are fused as large ones are."""
+    monkeypatch.setattr(device, "n_sm", 4)
     monkeypatch.setattr(devices, "open_gpu", lambda: device)
 
 
