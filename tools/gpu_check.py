@@ -39,7 +39,8 @@ GOALS = {  # of the copy bandwidth, decoding at the short context: (shape, type)
 }  # fmt: skip
 PREFILL_GOAL, LONG_GOAL, KL_GOAL = 0.40, 0.80, 1.2
 SMOKE = ("elementwise", "sample", "attention", "weights", "cuda_encode")  # tests/cuda/test_….py
-MAIN = {"decode": 60, "prefill": 45, "kernels": 45, "prompt_kernels": 30, "sweeps": 75}  # seconds at most
+# seconds at most
+MAIN = {"decode": 60, "prefill": 45, "kernels": 45, "prompt_kernels": 30, "sweeps": 75, "prompt_sweeps": 60}
 OTHER = {"decode": 30, "prefill": 25}
 
 
@@ -302,9 +303,10 @@ def brief(step: str, found: dict[str, Any]) -> str:
                 f"    {share:8.3f} ms = {row['launches']:4} x {row['us']:8.2f} us {rest}  {row['name']}{context}"
             )
         return "\n".join(lines)
-    if step == "sweeps":
+    if step in ("sweeps", "prompt_sweeps"):
         lines = [", ".join(f"{name} {rate:.1f}" for name, rate in found["tokens_per_s"].items()) + " tokens/s"]
         lines.append(f"    best: {found['best']}")
+        lines += [f"    {name}: NOT DONE: {line}" for name, line in found.get("wrong", {}).items()]
         for name, us in found["products"].items():
             best = min(us, key=us.__getitem__)
             times = ", ".join(f"{setting} {value:.2f}" for setting, value in us.items())

@@ -8,12 +8,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from ggufkit_formats.errors import GgufkitError
+from ggufkit_kernels.cuda import attention
+from ggufkit_kernels.cuda import ops as cuda_ops
 from ggufkit_kernels.cuda import weights as packed_weights
 from ggufkit_kernels.cuda.ops import CudaOps
 
 WARPS = (2, 4, 6, 8, 12, 16)
 BLOCKS = (1, 2, 4, 8)  # a multiprocessor, that go from strip to strip
 PREFETCHED = (2, 4, 8, 16)  # MB
+SLABS = (8, 16, 32, 128, 256)  # MB of weights unpacked at a time; less than the second-level cache need not leave it
+TILES = ((4, 2, 32), (8, 1, 32), (4, 1, 32), (2, 2, 32), (4, 2, 16), (4, 2, 48))  # of a prompt's attention
 
 Launch = tuple[Any, ...]
 ATTEND = "attend"
@@ -191,6 +196,41 @@ def sweeps(bench: Any) -> dict[str, Any]:
     return {"tokens_per_s": rates, "best": max(rates, key=rates.__getitem__), "products": us}
 
 
+def prompt_sweeps(bench: Any) -> dict[str, Any]:
+    """Tokens a second of a prompt with other settings."""
+    net, sizes = bench.network, bench.sizes
+    rates: dict[str, float] = {}
+    wrong: dict[str, str] = {}
+
+    def rate(name: str) -> None:
+        best = float("inf")
+        try:
+            for k in range(3):
+                bench.device.synchronize()
+                began = time.perf_counter()
+                net.prompt()
+                bench.device.synchronize()
+                best = min(best, time.perf_counter() - began) if k else best  # the first one compiles
+            rates[name] = sizes.prompt / best
+        except GgufkitError as error:
+            wrong[name] = str(error)[:200]
+
+    rate("as it is")
+    slab = cuda_ops.SLAB_NBYTES
+    for each in SLABS[:1] if bench.emulate else SLABS:
+        cuda_ops.SLAB_NBYTES, net.ops._rooms = each << 20, {}
+        rate(f"unpacked {each} MB")
+    cuda_ops.SLAB_NBYTES, net.ops._rooms = slab, {}
+    table: dict[int, Any] = getattr(attention, "TILES", {})
+    most = next((most for most in table if net.config.head_dim <= most), None)
+    for each in TILES if most is not None else ():
+        before = table[most]
+        table[most] = type(before)(*each)
+        rate("attention by {} warps, {} times 16 rows, {} positions".format(*each))
+        table[most] = before
+    return {"tokens_per_s": rates, "best": max(rates, key=rates.__getitem__), "products": {}, "wrong": wrong}
+
+
 def latency(bench: Any) -> dict[str, float]:
     """µs of a kernel that does nothing much: launched, in a graph one after the other, and in levels of three."""
     device, sizes = bench.device, bench.sizes
@@ -220,5 +260,6 @@ def latency(bench: Any) -> dict[str, float]:
 
 
 STEPS: dict[str, Callable[[Any], Any]] = {
-    "kernels": kernels, "prompt_kernels": prompt_kernels, "sweeps": sweeps, "latency": latency,
+    "kernels": kernels, "prompt_kernels": prompt_kernels, "sweeps": sweeps, "prompt_sweeps": prompt_sweeps,
+    "latency": latency,
 }  # fmt: skip

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import gpu_check  # noqa: E402
 import gpu_parts  # noqa: E402
+import gpu_sweeps  # noqa: E402
 
 
 class DryDevice(EmulatedDevice):
@@ -58,6 +59,7 @@ def test_every_launch_is_one_that_the_device_takes(monkeypatch, shape, type, lev
     monkeypatch.setitem(
         gpu_parts.make_model.SHAPES, shape, gpu_parts.make_model.SHAPES[shape] | {"num_hidden_layers": 2}
     )
+    monkeypatch.setattr(gpu_sweeps, "TILES", gpu_sweeps.TILES[-1:])  # each is a module to be compiled
     sizes, device = gpu_check.FULL, DryDevice()
     bench = SimpleNamespace(device=device, emulate=False, sizes=sizes)
     bench.network = gpu_parts.Network(device, shape, type, sizes)
@@ -71,5 +73,6 @@ def test_every_launch_is_one_that_the_device_takes(monkeypatch, shape, type, lev
     assert {"as it is", "not fused", "prefetched 8 MB", "16 warps", "2 blocks a multiprocessor stay"} < set(settings)
     assert all(len(us) > 10 for us in found["sweeps"]["products"].values())
     assert bench.network.weights.output.blocks == 0  # all is as it was
+    assert not found["prompt_sweeps"]["wrong"] and "unpacked 32 MB" in found["prompt_sweeps"]["tokens_per_s"]
     text = gpu_check.brief("kernels", found["kernels"]) + gpu_check.brief("sweeps", found["sweeps"])
     assert "attend" in text and "GB/s" in text and "best: " in text
