@@ -38,7 +38,7 @@ GOALS = {  # of the copy bandwidth, decoding at the short context: (shape, type)
     ("8b", "q4_k_m"): 0.65, ("8b", "q8_0"): 0.75, ("8b", "f16"): 0.75, ("8b", "tq2_0"): 0.50, ("1b", "q4_k_m"): 0.40,
 }  # fmt: skip
 PREFILL_GOAL, LONG_GOAL, KL_GOAL = 0.40, 0.80, 1.2
-SMOKE = ("elementwise", "sample", "attention", "weights", "cuda_encode")  # tests/cuda/test_….py
+SMOKE = ("elementwise", "sample", "attention", "flash", "weights", "cuda_encode")  # tests/cuda/test_….py, if there
 # seconds at most
 MAIN = {"decode": 60, "prefill": 45, "kernels": 45, "prompt_kernels": 30, "sweeps": 75, "prompt_sweeps": 60}
 OTHER = {"decode": 30, "prefill": 25}
@@ -84,11 +84,12 @@ def parts(options: argparse.Namespace) -> list[list[Part]]:
     """What is to be done, most valuable first; parts of one list run side by side."""
     shapes, types = options.shapes.split(","), options.types.split(",")
     first = (shapes[-1], types[0])
+    there = [name for name in SMOKE if (ROOT / f"tests/cuda/test_{name}.py").exists()]
     todo = [[Part("device", {"facts": 60, "limits": 30, "latency": 15})], [Part("compile", {"compile": 90})]]
     if options.emulate:
         todo += [[Part("smoke sample", command=tests_command(["sample"], "kernels and not gpu"), seconds=300)]]
     else:
-        todo += [[Part(f"smoke {x}", command=tests_command([x], "gpu and kernels"), seconds=90) for x in SMOKE]]
+        todo += [[Part(f"smoke {x}", command=tests_command([x], "gpu and kernels"), seconds=90) for x in there]]
     todo.append([Part("speed {} {}".format(*first), MAIN, "{}:{}".format(*first))])
     for shape in reversed(shapes):
         todo += [[Part(f"speed {shape} {x}", OTHER, f"{shape}:{x}")] for x in types if (shape, x) != first]
@@ -97,7 +98,7 @@ def parts(options: argparse.Namespace) -> list[list[Part]]:
         todo.append([Part("tests", command=[*tests_command([], "gpu"), "tests/cuda"], seconds=180)])
         sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
         if sanitizer:
-            tests = tests_command(["elementwise", "sample", "attention", "weights"], "gpu and kernels")
+            tests = tests_command([x for x in there if x != "cuda_encode"], "gpu and kernels")
             todo.append([Part("sanitizer", command=[sanitizer, "--tool", "memcheck", *tests], seconds=150)])
     return [kept for side in todo if (kept := [part for part in side if part.name.startswith(options.only)])]
 
