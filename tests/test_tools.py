@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ from oracles.llama import Llama, available
 TOOLS = Path(__file__).parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
 import decode_share  # noqa: E402
+import gpu_check  # noqa: E402
 import make_model  # noqa: E402
 import speed_plot  # noqa: E402
 from peers import data, host, limits, measure, report, wire  # noqa: E402
@@ -287,13 +291,21 @@ def test_gpu_check_in_emulation(tmp_path):
     if shutil.which("g++") is None:
         pytest.skip("there is no g++")
     done = subprocess.run(
-        [sys.executable, TOOLS / "gpu_check.py", "--emulate", "--types", "q4_k_m,f16", "--json", tmp_path / "r.json"],
+        [sys.executable, TOOLS / "gpu_check.py", "--emulate", "--types", "q4_k_m,f16,q3_x", "--json",
+         tmp_path / "r.json"],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
-    assert [row["type"] for row in report["speeds"]] == ["q4_k_m", "f16"] and not report["left_out"]
-    for row in report["nearness"]:
+    parts = report["parts"]
+    assert parts["smoke sample"]["passed"] and parts["compile"]["compile"]["wrong"] == []
+    assert set(parts["speed tiny q4_k_m"]) == set(gpu_check.MAIN)
+    assert set(parts["speed tiny f16"]) == {"decode", "prefill"}
+    launches = sum(row["launches"] for row in parts["speed tiny q4_k_m"]["kernels"]["rows"] if row["context"] == 8)
+    assert launches == parts["speed tiny q4_k_m"]["decode"]["launches"]
+    assert len(report["left_out"]) == 3 and all("q3_x" in line for line in report["left_out"])  # and it goes on
+    for type in ("q4_k_m", "f16"):
+        row = parts[f"nearness {type}"]["nearness"]
         for way in ("", "_by_token"):
             assert row[f"kl_cuda{way}"] <= max(1.2 * row[f"kl_cpu{way}"], 1e-6)
     assert "decode 8b q4_k_m, share of the copy bandwidth: not measured" in done.stdout
@@ -349,3 +361,70 @@ def test_speeds_are_drawn(tmp_path: Path):
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     absent = subprocess.run([*command, str(tmp_path / "c.svg"), str(said), "--peer", "xllamacpp"], capture_output=True)
     assert absent.returncode == 2 and b"beside xllamacpp" in absent.stderr and not (tmp_path / "c.svg").exists()
+STEPS = """
+import json, os, pathlib, sys, time
+out, steps, done = pathlib.Path(sys.argv[2]), sys.argv[3:], {}
+for step in steps:
+    out.with_suffix(".x").write_text(json.dumps({"doing": step, "done": done}))
+    out.with_suffix(".x").replace(out)
+    if step == "crashes": os.abort()
+    if step == "hangs": time.sleep(60)
+    done[step] = {"error": "this one"} if step == "fails" else {"steps": steps}
+    out.with_suffix(".x").write_text(json.dumps({"doing": step, "done": done}))
+    out.with_suffix(".x").replace(out)
+    if step == "loses": sys.exit(3)
+"""
+
+
+def test_gpu_check_goes_on_behind_what_fails(tmp_path, capsys):
+    (tmp_path / "steps.py").write_text(STEPS)
+    options = argparse.Namespace(minutes=5, json=tmp_path / "r.json", emulate=False, only="")
+    runner = gpu_check.Runner(options, tmp_path)
+    runner.program, runner.start_s = tmp_path / "steps.py", 2
+    names = ("first", "fails", "second", "crashes", "third", "hangs", "fourth", "loses", "last")
+    runner.run([[gpu_check.Part("p", dict.fromkeys(names, 1))]])
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert list(report["parts"]["p"]) == ["first", "second", "third", "fourth", "loses", "last"]
+    assert report["parts"]["p"]["third"]["steps"] == list(names[4:])  # in a new process
+    assert report["parts"]["p"]["last"]["steps"] == ["last"]
+    assert [line.partition(",")[2] for line in report["left_out"]] == [
+        " fails: this one", " crashes: ended by SIGABRT: ", " hangs: it took too long",
+    ]  # fmt: skip
+    said = capsys.readouterr().out
+    assert said.count("\n") == 9 and "[    0 s] p, first: " in said
+    assert runner.running == []
+
+
+def test_gpu_check_without_time_and_tests_that_fail(tmp_path, capsys):
+    options = argparse.Namespace(minutes=0.5, json=None, emulate=False, only="")
+    runner = gpu_check.Runner(options, tmp_path)
+    text = (
+        "FAILED a.py::b[x] - Failed: the device was lost in a.py::b[x] : the GPU failed\n1 failed, 7 passed, 2 skipped"
+    )
+    script = f"import sys; print(sys.argv[1:] and '9 passed' or {text!r}); sys.exit(not sys.argv[1:])"
+    runner.run([[gpu_check.Part("tests", command=[sys.executable, "-c", script], seconds=20)]])
+    assert runner.report["parts"]["tests"] == {
+        "failed": 1, "passed": 9, "skipped": 2,
+        "which": ["FAILED a.py::b[x] - Failed: the device was lost in a.py::b[x] : the GPU failed"],
+    }  # fmt: skip
+    runner.end = time.monotonic() + 3
+    runner.run([[gpu_check.Part("one", {"x": 1}), gpu_check.Part("two", {"x": 1})]])
+    assert runner.report["left_out"] == ["one: the time is over", "two: the time is over"]
+    runner.report["goals"] = gpu_check.goals(runner.report, gpu_check.FULL)
+    assert "not done: one: the time is over" in gpu_check.table(runner.report, gpu_check.FULL)
+
+
+def test_gpu_check_that_is_stopped(tmp_path):
+    """What there is by then is printed and written."""
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++")
+    command = [sys.executable, TOOLS / "gpu_check.py", "--emulate", "--types", "q4_k_m", "--json", tmp_path / "r.json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = [process.stdout.readline() for _ in range(3)]
+        process.send_signal(signal.SIGINT)
+        said += process.stdout.readlines()
+    assert process.returncode == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert "facts" in report["parts"]["device"] and "goals" in report
+    assert "not done: what came behind: stopped\n" in said and any("not measured" in line for line in said)

@@ -1,15 +1,19 @@
-"""Everything that only a GPU can tell, in one command: tests, limits of the device, speeds, and nearness.
+"""Everything that only a GPU can tell, in one command: are kernels right, the device's limits, speeds, best settings.
 
     python tools/gpu_check.py                    # on a machine with an NVIDIA GPU, no network; 8 minutes at most
-    python tools/gpu_check.py --json check.json --shapes 1b,8b --types q4_k_m,q4_0,q8_0,tq2_0,f16
+    python tools/gpu_check.py --json check.json --shapes 1b,8b --types q4_k_m,q8_0,f16,tq2_0,q4_0
+    python tools/gpu_check.py --only smoke       # parts whose names begin so
     python tools/gpu_check.py --emulate          # without a GPU, tiny: whether this program itself works
 
-It runs the tests marked `gpu`; measures the copy bandwidth (bytes read plus bytes written) and cuBLAS' rate in half
-precision; decodes at 128 and 8,192 positions and reads a prompt of 2,048 tokens with networks of the shapes of
-tools/make_model.py, whose packed bytes are random (no speed depends on them) and whose scales are valid; and compares
-the trained model of the tests, in each type, with the same file dequantized (KL divergence, beside the CPU backend's),
-and greedily generated text with the CPU's. Ends with a table, and with each of the project's goals: met, missed, or not
-measured. When the time is over what is left is said to be not measured.
+In this order: all kernels compiled and loaded; each run on small shapes against its definition (the tests marked `gpu`
+and `kernels`); of the first type in the largest shape, decoding at 128 and 8,192 positions, a prompt of 2,048 tokens,
+where the time of both goes kernel by kernel, and the settings that a device has to choose; the speeds of the other
+types and shapes; nearness to the file dequantized, beside the CPU's; all tests marked `gpu`; compute-sanitizer, if it
+is found. Networks have the shapes of tools/make_model.py; their packed bytes are random (no speed depends on them).
+
+Each part is a process of its own with a time of its own: what fails, hangs or loses the device ends with a line, and
+the next one begins. Parts are printed as they end, and the JSON file is written anew behind each, so that nothing is
+lost at the time limit or by Ctrl-C. Ends with a table, and each of the project's goals: met, missed, or not measured.
 """
 
 from __future__ import annotations
@@ -17,39 +21,27 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import re
-import statistics
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-from ggufkit_formats import blocks
-from ggufkit_formats.errors import GgufkitError
-from ggufkit_kernels.cpu import pack
-from ggufkit_kernels.cuda import weights as packed_weights
-from ggufkit_kernels.cuda.modules import modules
-from ggufkit_kernels.cuda.ops import CudaOps
-from ggufkit_runtime import devices, evaluate, generate
-from ggufkit_runtime.models import llama
-
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT)]
-
-import make_model  # noqa: E402
-
-from ggufkit.quantize import file_types  # noqa: E402
-from ggufkit.quantize.rules import choose, order  # noqa: E402
-
+LOST = 3  # exit status of gpu_parts.py after a fault of the device
 GOALS = {  # of the copy bandwidth, decoding at the short context: (shape, type) -> share
     ("8b", "q4_k_m"): 0.65, ("8b", "q8_0"): 0.75, ("8b", "f16"): 0.75, ("8b", "tq2_0"): 0.50, ("1b", "q4_k_m"): 0.40,
 }  # fmt: skip
 PREFILL_GOAL, LONG_GOAL, KL_GOAL = 0.40, 0.80, 1.2
+SMOKE = ("elementwise", "sample", "attention", "flash", "weights", "cuda_encode")  # tests/cuda/test_….py, if there
+# seconds at most
+MAIN = {"decode": 60, "prefill": 45, "kernels": 45, "prompt_kernels": 30, "sweeps": 75, "prompt_sweeps": 60}
+OTHER = {"decode": 30, "prefill": 25}
 
 
 @dataclasses.dataclass
@@ -62,201 +54,284 @@ class Sizes:
     copy_nbytes: int = 1 << 30
     gemm: tuple[int, int, int] = (2048, 14336, 4096)
     repetitions: int = 5
+    rounds: int = 8  # of a graph, between two looks at the clock
     windows: int = 4
     n_ctx: int = 256  # of a window
     generated: int = 64
 
 
-TINY = Sizes((8, 40), 24, 2, 1 << 16, (16, 32, 64), 2, 2, 32, 6)
+FULL, TINY = Sizes(), Sizes((8, 40), 24, 2, 1 << 16, (16, 32, 64), 1, 1, 2, 32, 6)
 
 
-def seconds(device: Any, run: Callable[[], Any], repetitions: int) -> float:
-    """The median time of a run, after one that is not counted."""
-    times = []
-    for _ in range(repetitions + 1):
-        device.synchronize()
-        began = time.perf_counter()
-        run()
-        device.synchronize()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+@dataclasses.dataclass
+class Part:
+    """Steps of gpu_parts.py with the seconds that each may take, or a command: what one process does."""
+
+    name: str
+    steps: dict[str, int] = dataclasses.field(default_factory=dict)
+    network: str = ""
+    command: list[str] | None = None
+    seconds: int = 0
 
 
-def limits(device: Any, sizes: Sizes) -> dict[str, float]:
-    """Copy bandwidth, GB/s read plus written, and cuBLAS' TFLOP/s with halves."""
-    both = [device.zeros((sizes.copy_nbytes // 4,), np.float32) for _ in range(2)]
-    copy = seconds(device, lambda: device.copy(*both), sizes.repetitions)
-    both.clear()
-    m, n, k = sizes.gemm
-    rng = np.random.default_rng(0)
-    x, w = (device.upload(rng.standard_normal((r, k), np.float32).astype(np.float16)) for r in (m, n))
-    out = device.empty((m, n), np.float32)
-    gemm = seconds(device, lambda: device.gemm(x, w, out), sizes.repetitions)
-    return {"copy_gb_s": 2 * sizes.copy_nbytes / copy / 1e9, "gemm_tflops": 2 * m * n * k / gemm / 1e12}
+def tests_command(files: list[str], marks: str) -> list[str]:
+    """pytest on these files; failures in a line each."""
+    options = ["-q", "-m", marks, "-p", "no:cacheprovider", "--tb=line", "-rfEs"]
+    return [sys.executable, "-m", "pytest", *options, *(f"tests/cuda/test_{name}.py" for name in files)]
 
 
-# -- networks of random weights ----------------------------------------------------------------------------
+def parts(options: argparse.Namespace) -> list[list[Part]]:
+    """What is to be done, most valuable first; parts of one list run side by side."""
+    shapes, types = options.shapes.split(","), options.types.split(",")
+    first = (shapes[-1], types[0])
+    there = [name for name in SMOKE if (ROOT / f"tests/cuda/test_{name}.py").exists()]
+    todo = [[Part("device", {"facts": 60, "limits": 30, "latency": 15})], [Part("compile", {"compile": 90})]]
+    if options.emulate:
+        todo += [[Part("smoke sample", command=tests_command(["sample"], "kernels and not gpu"), seconds=300)]]
+    else:
+        todo += [[Part(f"smoke {x}", command=tests_command([x], "gpu and kernels"), seconds=90) for x in there]]
+    todo.append([Part("speed {} {}".format(*first), MAIN, "{}:{}".format(*first))])
+    for shape in reversed(shapes):
+        todo += [[Part(f"speed {shape} {x}", OTHER, f"{shape}:{x}")] for x in types if (shape, x) != first]
+    todo += [[Part(f"nearness {x}", {"nearness": 60}, f"tiny:{x}")] for x in types]
+    if not options.emulate and not options.no_tests:
+        todo.append([Part("tests", command=[*tests_command([], "gpu"), "tests/cuda"], seconds=180)])
+        sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+        if sanitizer:
+            tests = tests_command([x for x in there if x != "cuda_encode"], "gpu and kernels")
+            todo.append([Part("sanitizer", command=[sanitizer, "--tool", "memcheck", *tests], seconds=150)])
+    return [kept for side in todo if (kept := [part for part in side if part.name.startswith(options.only)])]
 
 
-class Pool:
-    """Random packed matrices: bytes of a pool, with scales of a size that keeps the numbers small."""
-
-    def __init__(self, device: Any):
-        self.device, self.bytes = device, np.random.default_rng(0).integers(0, 256, 1 << 24, np.uint8)
-        self.halves = (np.random.default_rng(1).standard_normal(1 << 22, np.float32) * 0.02).astype(np.float16)
-
-    def matrix(self, type: blocks.TensorType, shape: tuple[int, int]) -> Any:
-        """A matrix on the device."""
-        layout = packed_weights.layout_of_type(type)
-        if layout.values not in ("codes", "bytes", "f16") or layout.number not in ("f16",):
-            raise GgufkitError(f"{type.name}: no random weights are made of this type")
-        made = pack.allocate(shape, layout, None, lambda s, dtype: np.broadcast_to(np.zeros((), dtype), s))
-        pool = self.halves.view(np.uint8) if layout.is_plain else self.bytes
-        made.codes = np.resize(pool, made.codes.nbytes).view(made.codes.dtype).reshape(made.codes.shape)
-        size = 0.02 / (1 << max(layout.bits - 1, 0)) / (32 if layout.scale else 1)
-        made.d = np.full(made.d.shape, np.float16(size).view(np.uint16))
-        made.dmin = np.full(made.dmin.shape, np.float16(size / 4).view(np.uint16))
-        for name in ("scale", "minimum"):
-            array = getattr(made, name)
-            setattr(made, name, np.resize(self.bytes, array.nbytes).view(array.dtype).reshape(array.shape))
-        return packed_weights.CudaWeight(self.device, made)
+# -- running them ------------------------------------------------------------------------------------------
 
 
-def network(device: Any, shape: str, type: str, pool: Pool) -> tuple[Any, Any, int, int]:
-    """Config, weights, bytes that a token reads, and multiplications of a prompt's token, of a shape of make_model."""
-    settings = make_model.SHAPES[shape]
-    config = llama.config_from_hf(settings)
-    file_type = file_types.find(type)
-    facts = file_types.ModelFacts(llama.ARCH, config.n_layers, config.n_heads, config.n_kv_heads)
-    specs = {s.gguf: s for s in llama.tensors(config) if make_model._wanted(s, settings["tie_word_embeddings"])}
-    names = sorted(specs, key=order)
-    choices = choose(file_type, [(name, specs[name].shape) for name in names], facts)
-    made: Any = SimpleNamespace(layers=[SimpleNamespace() for _ in range(config.n_layers)], output=None)
-    nbytes = products = 0
-    for name in names:
-        spec, words = specs[name], name.split(".")
-        place = made.layers[int(words[1])] if words[0] == "blk" else made
-        attribute = words[2] if words[0] == "blk" else words[0]
-        if len(spec.shape) == 1:
-            setattr(place, attribute, device.upload(np.ones(spec.shape, np.float32)))
-            continue
-        weight = pool.matrix(blocks.find(choices[name].type or "F32"), spec.shape)
-        setattr(place, attribute, weight)
-        setattr(place, f"{attribute}_bias", None)
-        if name != "token_embd.weight" or settings["tie_word_embeddings"]:
-            nbytes += weight.nbytes
-        if words[0] == "blk":
-            products += spec.shape[0] * spec.shape[1]
-    made.output = made.output or made.token_embd
-    made.freqs = config.rope.frequencies(None)
-    return config, made, nbytes, products
+class Runner:
+    """Runs parts until `end`; `report` has what there is so far, and is written behind each part."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path):
+        self.options, self.folder, self.program = options, folder, ROOT / "tools/gpu_parts.py"
+        self.end, self.start_s = time.monotonic() + 60 * options.minutes, 40
+        self.report: dict[str, Any] = {"parts": {}, "left_out": []}
+        self.running: list[subprocess.Popen] = []
+        self.nowhere = False  # there is no device
+        roots = [str(ROOT), *(str(ROOT / name) for name in ("formats", "kernels", "runtime"))]
+        path = os.pathsep.join([*roots, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        self.env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}  # nothing has to be installed
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def save(self) -> None:
+        if self.options.json:
+            part = self.options.json.with_suffix(".part")
+            part.write_text(json.dumps(self.report, indent=1), encoding="utf-8")
+            part.replace(self.options.json)
+
+    def tell(self, name: str, line: str) -> None:
+        spent = 60 * self.options.minutes - self.left()
+        print(f"[{spent:5.0f} s] {name}: {line}", flush=True)
+
+    def fail(self, name: str, line: str) -> None:
+        self.report["left_out"].append(f"{name}: {line}")
+        self.tell(name, f"NOT DONE: {line}")
+
+    def start(self, command: list[str], out: Path) -> subprocess.Popen:
+        with out.open("w") as stdout:
+            started = subprocess.Popen(command, stdout=stdout, stderr=subprocess.STDOUT, cwd=ROOT, env=self.env)
+        self.running.append(started)
+        return started
+
+    def wait(self, process: subprocess.Popen, seconds: float) -> bool:
+        """Whether it ended by itself."""
+        try:
+            process.wait(max(0.1, min(seconds, self.left())))
+            return True
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            self.stop(process)
+
+    def stop(self, process: subprocess.Popen) -> None:
+        """End it, if it has not."""
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(3)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        if process in self.running:
+            self.running.remove(process)
+
+    def run(self, todo: list[list[Part]]) -> None:
+        for number, side_by_side in enumerate(todo):
+            if self.left() < 8 or self.nowhere:
+                why = "the time is over" if self.left() < 8 else "there is no device"
+                self.report["left_out"] += [f"{part.name}: {why}" for side in todo[number:] for part in side]
+                break
+            if side_by_side[0].command:
+                self.run_commands(side_by_side)
+            else:
+                for part in side_by_side:
+                    self.run_steps(part)
+            self.save()
+
+    # -- steps of gpu_parts.py ---------------------------------------------------------------------------------
+
+    def run_steps(self, part: Part) -> None:
+        """All of a part's steps; in a new process where one ended the last one."""
+        left = list(part.steps)
+        while left and self.left() > 5:
+            out, log = self.folder / "part.json", self.folder / "log"
+            out.unlink(missing_ok=True)
+            command = [sys.executable, str(self.program), "--out", str(out), *left]
+            command += ["--network", part.network] if part.network else []
+            command += ["--emulate"] if self.options.emulate else []
+            process = self.start(command, log)
+            done, ended = self.watch(process, out, part)
+            left = [step for step in left if step not in done]
+            if left and not (done and ended and process.returncode == LOST):  # by the last one that was done
+                self.keep(part, left.pop(0), {"error": self.why(process, ended, log)})
+                if process.returncode == 1:  # it did not even begin
+                    self.nowhere, left = part.name == "device", []
+        for step in left:
+            self.report["left_out"].append(f"{part.name}, {step}: the time is over")
+
+    def watch(self, process: subprocess.Popen, out: Path, part: Part) -> tuple[set[str], bool]:
+        """Take results as they come, while each step keeps to its time, the first with the process's start: the steps
+        that were done, and whether the process ended by itself."""
+        doing, since, extra, done, ended = None, time.monotonic(), self.start_s, set(), False
+        while True:
+            ended = process.poll() is not None
+            state = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"doing": None, "done": {}}
+            for step, found in state["done"].items():
+                if step not in done:
+                    done.add(step)
+                    self.keep(part, step, found)
+            if ended:
+                break
+            if state["doing"] != doing:
+                extra = self.start_s if doing is None else 0
+                doing, since = state["doing"], time.monotonic()
+            if time.monotonic() - since > extra + part.steps.get(doing or "", 0) or self.left() < 1:
+                break
+            time.sleep(0.05)
+        self.stop(process)
+        return done, ended
+
+    def why(self, process: subprocess.Popen, ended: bool, log: Path) -> str:
+        """Why a process came to no result."""
+        if not ended:
+            return "the time is over" if self.left() < 2 else "it took too long"
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        last = lines[-1][:300] if lines else ""
+        if process.returncode < 0:
+            return f"ended by {signal.Signals(-process.returncode).name}: {last}"
+        return "the device was lost" if process.returncode == LOST else last or f"exit status {process.returncode}"
+
+    def keep(self, part: Part, step: str, found: dict[str, Any]) -> None:
+        """Take a result into the report, and tell it."""
+        if "error" in found:
+            return self.fail(f"{part.name}, {step}", found["error"])
+        self.report["parts"].setdefault(part.name, {})[step] = found
+        self.tell(f"{part.name}, {step}", brief(step, found))
+        return None
+
+    # -- commands ------------------------------------------------------------------------------------------------
+
+    def run_commands(self, side_by_side: list[Part]) -> None:
+        """Tests; again without the test that lost the device, where one did."""
+        todo = [(part, part.command or [], 0) for part in side_by_side]
+        while todo:
+            began = time.monotonic()
+            jobs = [(part, command, again, self.start(command, self.folder / f"log-{k}"), self.folder / f"log-{k}")
+                    for k, (part, command, again) in enumerate(todo)]  # fmt: skip
+            todo = []
+            for part, command, again, process, log in jobs:
+                ended = self.wait(process, part.seconds - (time.monotonic() - began))
+                text = log.read_text(encoding="utf-8", errors="replace")
+                found = counted(text)
+                if not ended:
+                    found["error"] = f"not done within {part.seconds:.0f} s"
+                elif process.returncode not in (0, 1) and not found.get("passed"):
+                    found["error"] = (text.strip().splitlines() or [f"exit status {process.returncode}"])[-1][:300]
+                self.add(part.name, found)
+                lost = re.search(r"the device was lost in (\S+)", text)
+                if lost and again < 3 and self.left() > 20:
+                    todo.append((part, [*command, f"--deselect={lost[1]}"], again + 1))
+
+    def add(self, name: str, found: dict[str, Any]) -> None:
+        """Counts of tests, on top of what an earlier run of the same part found."""
+        if "error" in found:
+            self.fail(name, found["error"])
+        old = self.report["parts"].get(name, {})
+        for key, value in found.items():
+            if key == "which":
+                found[key] = list(dict.fromkeys(old.get(key, []) + value))
+            elif key in ("failed", "errors"):
+                found[key] = old.get(key, 0) + value
+        self.report["parts"][name] = old | found
+        self.tell(name, ", ".join(f"{n} {word}" for word, n in found.items() if word not in ("which", "error")))
+        for line in found.get("which", [])[:8]:
+            print(f"          {line}", flush=True)
 
 
-def variants(ops: CudaOps, weights: Any) -> list[tuple[str, Callable[[], Any]]]:
-    """What else one token's graph could be; each is put on top of the ones before, the last one takes all back."""
-    matrices = [w for layer in weights.layers for w in vars(layer).values() if hasattr(w, "blocks")]
-
-    def stay(blocks: int) -> None:
-        for matrix in matrices:
-            matrix.blocks = blocks
-
-    return [
-        ("prefetch", lambda: setattr(ops, "prefetched", 8 << 20)),
-        ("not_fused", lambda: (setattr(ops, "prefetched", 0), setattr(ops, "fused", False))),
-        ("blocks_stay", lambda: stay(4 * ops.device.n_sm)),
-        ("as_it_is", lambda: (stay(0), setattr(ops, "fused", True))),
-    ]
-
-
-def speeds(device: Any, shape: str, type: str, pool: Pool, sizes: Sizes, limit: dict[str, float]) -> dict[str, Any]:
-    """Tokens per second of one network, and the shares of the device's limits that they are."""
-    config, weights, nbytes, products = network(device, shape, type, pool)
-    ops = CudaOps(device)
-    found: dict[str, Any] = {"shape": shape, "type": type, "gb_of_weights": nbytes / 1e9}
-    cache = ops.cache(config.n_layers, config.n_kv_heads, config.head_dim, max(sizes.contexts) + sizes.tokens + 8)
-    cache.reserve(cache.n_ctx)
-
-    def token() -> None:
-        ops.top(ops.forward(llama.forward, config, weights, np.array([7]), cache), 1)
-
-    def decode(context: int) -> float:
-        cache.length = context
-        token()  # compiles and records
-        device.synchronize()
-        began = time.perf_counter()
-        for _ in range(sizes.tokens):
-            token()
-        return sizes.tokens / (time.perf_counter() - began)
-
-    for context in sizes.contexts:
-        found[f"decode_{context}"] = decode(context)
-    found["launches"] = cache.trace.n_launches
-    for name, change in variants(ops, weights):
-        change()
-        cache.trace = None
-        found[f"decode_{sizes.contexts[0]}_{name}"] = decode(sizes.contexts[0])
-    found["share_of_copy"] = found[f"decode_{sizes.contexts[0]}"] * nbytes / 1e9 / limit["copy_gb_s"]
-    ids = np.random.default_rng(0).integers(0, config.n_vocab, sizes.prompt)
-
-    def prompt() -> None:
-        cache.length = 0
-        ops.top(ops.forward(llama.forward, config, weights, ids, cache, len(ids) - 1), 1)
-
-    taken = seconds(device, prompt, max(1, sizes.repetitions // 2))
-    found[f"prefill_{sizes.prompt}"] = sizes.prompt / taken
-    attention = 2 * 2 * config.n_layers * config.n_heads * config.head_dim * sizes.prompt / 2  # per token, causal
-    rate = (2 * products + attention) * sizes.prompt / taken / 1e12
-    found["share_of_gemm"] = rate / limit["gemm_tflops"]
-    return found
-
-
-# -- nearness ----------------------------------------------------------------------------------------------
-
-
-def nearness(device: Any, types: list[str], sizes: Sizes, folder: Path) -> list[dict[str, Any]]:
-    """KL divergence of the trained test model from the same file dequantized: the GPU's, and the CPU's."""
-    import ggufkit
-
-    text = (ROOT / "tests/data/small-model-heldout.txt").read_text(encoding="utf-8")
-    found = []
-    for type in types:
-        path = folder / f"{type}.gguf"
-        if not path.exists():
-            ggufkit.convert(ROOT / "tests/data/small-model", type, path)
-        reference = generate.load(path, device="reference")
-        row: dict[str, Any] = {"type": type}
-        for name in ("cuda", "cpu"):
-            model = generate.load(path, device=name)
-            _, kl = evaluate.against(model, reference, text, sizes.n_ctx, sizes.windows)
-            row[f"kl_{name}"] = kl.kl_mean
-            model.ops.n_batch = 1  # token by token: other kernels
-            _, kl = evaluate.against(model, reference, text, sizes.n_ctx, 1)
-            row[f"kl_{name}_by_token"] = kl.kl_mean
-        texts = {}
-        for name in ("cuda", "cpu"):
-            session = generate.load(path, device=name).session()
-            ids = session.model.tokenizer.encode("The history of", add_special=True)
-            texts[name] = list(session.stream(ids, generate.Sampler(temperature=0), sizes.generated))
-        pairs = zip(texts["cuda"], texts["cpu"], strict=False)
-        row["same_tokens"] = next((k for k, (a, b) in enumerate(pairs) if a != b), len(texts["cpu"]))
-        row["of_tokens"] = len(texts["cpu"])
-        found.append(row)
-    return found
-
-
-def run_tests(limit_s: float) -> dict[str, Any]:
-    """The tests marked `gpu`: how many passed, failed and were skipped."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(ROOT / "tests/cuda")]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done within {limit_s:.0f} s"}
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout[-300:])}
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+def counted(text: str) -> dict[str, Any]:
+    """What pytest, and compute-sanitizer around it, says in its last lines."""
+    words = re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", text[-400:])
+    counts: dict[str, Any] = {"errors" if word == "error" else word: int(n) for n, word in words}
+    if summary := re.search(r"ERROR SUMMARY: (\d+) error", text):
+        counts["memory errors"] = int(summary[1])
+        first = re.search(r"=+ (Invalid .*|Program hit .*)\n=+ +(at .*)", text)
+        counts |= {"which": [f"{first[1]} {first[2]}"[:300]]} if first else {}
+    failed = [line[:300] for line in text.splitlines() if line.startswith(("FAILED", "ERROR "))]
     return counts | ({"which": failed[:50]} if failed else {})
 
 
-# -- what was asked for ------------------------------------------------------------------------------------
+# -- for a person ------------------------------------------------------------------------------------------
+
+
+def brief(step: str, found: dict[str, Any]) -> str:
+    """A step's result; the kernels' and the settings' in lines of their own."""
+    if step in ("kernels", "prompt_kernels"):
+        lines = [f"{found['sum_ms']:.3f} ms in all"]
+        for row in found["rows"][:16]:
+            rest = f"{row['gb_s']:8.0f} GB/s" if "gb_s" in row else ""
+            share = row.get("ms_a_token", row.get("ms_a_prompt"))
+            context = f" at {row['context']}" if row["name"].startswith("attend") else ""
+            lines.append(
+                f"    {share:8.3f} ms = {row['launches']:4} x {row['us']:8.2f} us {rest}  {row['name']}{context}"
+            )
+        return "\n".join(lines)
+    if step in ("sweeps", "prompt_sweeps"):
+        lines = [", ".join(f"{name} {rate:.1f}" for name, rate in found["tokens_per_s"].items()) + " tokens/s"]
+        lines.append(f"    best: {found['best']}")
+        lines += [f"    {name}: NOT DONE: {line}" for name, line in found.get("wrong", {}).items()]
+        for name, us in found["products"].items():
+            best = min(us, key=us.__getitem__)
+            times = ", ".join(f"{setting} {value:.2f}" for setting, value in us.items())
+            lines.append(f"    {name}: best {best} ({us[best]:.2f} us); {times}")
+        return "\n".join(lines)
+    numbers = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items())
+    return ", ".join(numbers)
+
+
+def rows_of(report: dict[str, Any], sizes: Sizes) -> dict[tuple[str, str], dict[str, float]]:
+    """(shape, type) -> the speeds that were measured, and their shares of the device's limits."""
+    found, limit = {}, report["parts"].get("device", {}).get("limits", {})
+    for name, part in report["parts"].items():
+        if not name.startswith("speed "):
+            continue
+        row = {**part.get("decode", {}), **part.get("prefill", {})}
+        short = row.get(f"decode_{sizes.contexts[0]}")
+        if short and limit:
+            row["share_of_copy"] = short * row["gb_of_weights"] / limit["copy_gb_s"]
+        if "tflops" in row and limit:
+            row["share_of_gemm"] = row["tflops"] / limit["gemm_tflops"]
+        _, shape, type = name.split()
+        found[shape, type] = row
+    return found
 
 
 def goals(report: dict[str, Any], sizes: Sizes) -> list[tuple[str, str]]:
@@ -268,16 +343,19 @@ def goals(report: dict[str, Any], sizes: Sizes) -> list[tuple[str, str]]:
         met = value <= goal if at_most else value >= goal
         return f"{'met' if met else 'MISSED'}: {value:.2f} ({'at most' if at_most else 'at least'} {goal:.2f})"
 
-    rows = {(row["shape"], row["type"]): row for row in report["speeds"]}
+    rows = rows_of(report, sizes)
     out = []
     for key, goal in GOALS.items():
-        share = rows[key]["share_of_copy"] if key in rows else None
+        share = rows.get(key, {}).get("share_of_copy")
         out.append((f"decode {key[0]} {key[1]}, share of the copy bandwidth", said(share, goal)))
-    main = rows.get(("8b", "q4_k_m"))
-    out.append(("prefill 8b q4_k_m, share of cuBLAS", said(main and main["share_of_gemm"], PREFILL_GOAL)))
+    main = rows.get(("8b", "q4_k_m"), {})
+    out.append(("prefill 8b q4_k_m, share of cuBLAS", said(main.get("share_of_gemm"), PREFILL_GOAL)))
     short, long = (f"decode_{context}" for context in sizes.contexts)
-    out.append((f"decode 8b q4_k_m, {long} over {short}", said(main and main[long] / main[short], LONG_GOAL)))
-    for row in report["nearness"]:
+    out.append((f"decode 8b q4_k_m, {long} over {short}", said(main[long] / main[short] if long in main else None,
+                                                                LONG_GOAL)))  # fmt: skip
+    for part in report["parts"].values():
+        if not (row := part.get("nearness")):
+            continue
         for way in ("", "_by_token"):
             ratio = max(row[f"kl_cuda{way}"], 1e-7) / max(row[f"kl_cpu{way}"], 1e-7)  # float32's own noise
             out.append((f"KL{way} {row['type']}, over the CPU's", said(ratio, KL_GOAL, at_most=True)))
@@ -287,99 +365,57 @@ def goals(report: dict[str, Any], sizes: Sizes) -> list[tuple[str, str]]:
 
 
 def table(report: dict[str, Any], sizes: Sizes) -> str:
-    """The report for a person."""
-    lines = [f"{report['device']} (sm_{report['arch']}), {report['memory_gb']:.0f} GB"]
-    lines.append(
-        "copy {copy_gb_s:.0f} GB/s read + written; cuBLAS {gemm_tflops:.0f} TFLOP/s".format(**report["limits"])
-    )
+    """The report for a person, whatever there is of it."""
+    lines = []
+    if device := report["parts"].get("device", {}).get("facts"):
+        lines.append(f"{device['device']} (sm_{device['arch']}), {device['memory_gb']:.0f} GB, {device['versions']}")
+    if limit := report["parts"].get("device", {}).get("limits"):
+        lines.append("copy {copy_gb_s:.0f} GB/s read + written; cuBLAS {gemm_tflops:.0f} TFLOP/s".format(**limit))
     short, long = (f"decode_{context}" for context in sizes.contexts)
     prefill = f"prefill_{sizes.prompt}"
     lines.append(f"{'shape':6}{'type':8}{short:>13}{'of copy':>9}{long:>13}{prefill:>14}{'of cuBLAS':>11}  tokens/s")
-    lines += [
-        f"{row['shape']:6}{row['type']:8}{row[short]:13.1f}{row['share_of_copy']:9.0%}{row[long]:13.1f}"
-        f"{row[prefill]:14.0f}{row['share_of_gemm']:11.0%}"
-        for row in report["speeds"]
-    ]
-    for row in report["speeds"]:
-        others = [f"{key.removeprefix(short)[1:]} {row[key]:.1f}" for key in row if key.startswith(f"{short}_")]
-        head = f"{row['shape']} {row['type']}, {row['launches']} launches a token"
-        lines.append(f"{head}; {short} otherwise: {', '.join(others)}")
-    lines += [f"{row['type']:8} KL {row['kl_cuda']:.3e} (CPU {row['kl_cpu']:.3e})" for row in report["nearness"]]
+    columns = ((short, 13, ".1f"), ("share_of_copy", 9, ".0%"), (long, 13, ".1f"), (prefill, 14, ".0f"),
+               ("share_of_gemm", 11, ".0%"))  # fmt: skip
+    for (shape, type), row in rows_of(report, sizes).items():
+        cells = (f"{row[key]:{width}{form}}" if key in row else f"{'-':>{width}}" for key, width, form in columns)
+        lines.append(f"{shape:6}{type:8}{''.join(cells)}")
     lines += [f"{goal}: {what}" for goal, what in report["goals"]]
     lines += [f"not done: {what}" for what in report["left_out"]]
-    if "tests" in report:
-        lines.append(f"tests: {report['tests']}")
-    lines.append("memory errors: compute-sanitizer --tool memcheck python -m pytest -q -m 'gpu and kernels' tests/cuda")
     return "\n".join(lines)
-
-
-def check(options: argparse.Namespace) -> dict[str, Any]:
-    """Do all of it, until the time is over."""
-    end = time.monotonic() + 60 * options.minutes
-    sizes = TINY if options.emulate else Sizes()
-    if options.emulate:
-        sys.path.insert(0, str(ROOT / "tests/cuda"))
-        import emulated
-
-        device: Any = emulated.EmulatedDevice()
-        devices.open_gpu = lambda: device
-    else:
-        device = devices.open_gpu()
-        devices.open_gpu = lambda: device
-    report: dict[str, Any] = {
-        "device": device.name, "arch": device.arch, "memory_gb": device.memory()[1] / 1e9, "speeds": [],
-        "nearness": [], "left_out": [],
-    }  # fmt: skip
-    report["limits"] = limits(device, sizes)
-    tests = not (options.emulate or options.no_tests)
-    reserve = 150 if tests else 30  # seconds for what comes last
-    pool = Pool(device)
-    for shape in options.shapes.split(","):
-        for type in options.types.split(","):
-            if time.monotonic() > end - reserve - 30:
-                report["left_out"].append(f"speed of {shape} {type}: the time is over")
-                continue
-            print(f"{shape} {type} …", file=sys.stderr, flush=True)
-            try:
-                report["speeds"].append(speeds(device, shape, type, pool, sizes, report["limits"]))
-            except GgufkitError as error:
-                report["left_out"].append(f"speed of {shape} {type}: {error}")
-    with tempfile.TemporaryDirectory() as folder:
-        for type in options.types.split(","):
-            if time.monotonic() > end - reserve:
-                report["left_out"].append(f"nearness of {type}: the time is over")
-                continue
-            print(f"nearness of {type} …", file=sys.stderr, flush=True)
-            try:
-                report["nearness"] += nearness(device, [type], sizes, Path(folder))
-            except GgufkitError as error:
-                report["left_out"].append(f"nearness of {type}: {error}")
-    if tests:
-        device.compile(modules())  # by all processors; the tests find them in the cache folder
-        report["tests"] = run_tests(max(30.0, end - time.monotonic()))
-    report["goals"] = goals(report, sizes)
-    return report
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", help="of tools/make_model.py; default: 1b,8b (tiny with --emulate)")
-    parser.add_argument("--types", default="q4_k_m,q4_0,q8_0,tq2_0,f16", help="file types (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    parser.add_argument("--types", default="q4_k_m,q8_0,f16,tq2_0,q4_0", help="file types (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there, behind each part")
     parser.add_argument("--minutes", type=float, default=8, help="of time (default: %(default)s)")
-    parser.add_argument("--no-tests", action="store_true", help="do not run the tests marked gpu")
+    parser.add_argument("--only", default="", metavar="NAME", help="parts whose names begin so")
+    parser.add_argument("--no-tests", action="store_true", help="only the small tests, and no sanitizer")
     parser.add_argument("--emulate", action="store_true", help="on the emulated device, tiny")
     options = parser.parse_args()
     options.shapes = options.shapes or ("tiny" if options.emulate else "1b,8b")
-    try:
-        report = check(options)
-    except GgufkitError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(table(report, TINY if options.emulate else Sizes()))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    return 1 if report.get("tests", {}).keys() & {"failed", "error", "which"} else 0
+    sizes = TINY if options.emulate else FULL
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    with tempfile.TemporaryDirectory() as folder:
+        runner = Runner(options, Path(folder))
+        report = runner.report
+        try:
+            runner.run(parts(options))
+        except KeyboardInterrupt:
+            report["left_out"].append("what came behind: stopped")
+        finally:
+            for process in list(runner.running):
+                runner.stop(process)
+    report["goals"] = goals(report, sizes)
+    runner.save()
+    print(table(report, sizes))
+    bad = any(part.get(key) for part in report["parts"].values() for key in ("failed", "errors", "memory errors"))
+    return 1 if bad or ("device" not in report["parts"] and not options.only) else 0
 
 
 if __name__ == "__main__":

@@ -33,10 +33,12 @@ if TYPE_CHECKING:
 @screen.pre_tokenizer_option
 @screen.threads_option
 @screen.device_option
+@screen.gpu_layers_option
 @screen.json_option
 def command(model: str | None, hf: str | None, text_file: str | None, output: str | None, ctx_size: int,
             chunks: int | None, in_files: tuple[str, ...], process_output: bool, show: bool,
-            pre_tokenizer: str | None, threads: int | None, device: str, as_json: bool) -> None:  # fmt: skip
+            pre_tokenizer: str | None, threads: int | None, device: str, n_gpu_layers: int | None,
+            as_json: bool) -> None:  # fmt: skip
     """Run a text through a model and note how large the inputs of each matrix are, column by column.
 
     `ggufkit convert --imatrix FILE` then lets errors count the more, the more a column matters. Take a text like what
@@ -53,7 +55,8 @@ def command(model: str | None, hf: str | None, text_file: str | None, output: st
     parts = [imatrix.read(name) for name in in_files]
     if text_file is not None:
         name = screen.model_name(model, hf)
-        parts.append(_collect(name, text_file, ctx_size, chunks, process_output, pre_tokenizer, threads, device))
+        loaded = screen.load(name, device, threads, None, pre_tokenizer, n_gpu_layers)
+        parts.append(_collect(loaded, text_file, ctx_size, chunks, process_output))
     matrix = parts[0] if len(parts) == 1 else imatrix.merged(parts)
     if output is not None:
         imatrix.write(matrix, output, overwrite=True)
@@ -76,14 +79,12 @@ def _check_target(output: str) -> None:
     gguf.check_target(Path(output), 0, overwrite=True)
 
 
-def _collect(model: str | None, text_file: str, ctx_size: int, chunks: int | None, output: bool,
-             pre_tokenizer: str | None, threads: int | None, device: str) -> Imatrix:  # fmt: skip
+def _collect(loaded: Any, text_file: str, ctx_size: int, chunks: int | None, output: bool) -> Imatrix:
     from ggufkit_runtime import importance
 
     from ..quantize import imatrix
 
     text = screen.read_text(text_file)
-    loaded = screen.load(model, device, threads, None, pre_tokenizer)
     with screen.Progress("importance", 1, unit=lambda n: f"{n:.2f} windows", patience=0) as bar:
         bar(0)
 

@@ -1,6 +1,7 @@
 """What an importance matrix is made of: squares of what goes into each matrix of the layers, summed over a text.
 
-The network is not changed: it is handed `Recorder`, a backend that notes the inputs of `matmul` on their way.
+The network is not changed: it is handed `Recorder`, a backend that notes the inputs of `matmul` on their way. Of a
+backend made of two, each run of the network (cuda/hybrid.py: a segment) is handed one.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from ggufkit_formats.errors import FormatError, UnsupportedError
+from ggufkit_formats.errors import FormatError
 
 from .evaluate import windows
 from .generate import N_BATCH, Model
@@ -32,25 +33,36 @@ class Recorder:
     def __init__(self, ops: Any, names: dict[int, str], found: Activations):
         self.ops, self.names, self.found = ops, names, found
         self.last: tuple[Any, np.ndarray] | None = None  # an input and its sums: several weights share one
+        self._watched: dict[Callable, Callable] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.ops, name)
 
     def forward(self, network: Callable, config: Any, weights: Any, ids: np.ndarray, cache: Any, first: int = 0) -> Any:
         """network(config, weights, self, ids, cache, first): never replayed, so that each call passes here."""
-        return network(config, weights, self, ids, cache, first)
+        if hasattr(self.ops, "matmul"):
+            return network(config, weights, self, ids, cache, first)
+        return self.ops.forward(self._watching(network), config, weights, ids, cache, first)
+
+    def _watching(self, network: Callable) -> Callable:
+        """The network, with a recorder around the backend that it is handed; the same function each time."""
+
+        def watched(config: Any, weights: Any, ops: Any, ids: np.ndarray, cache: Any, first: int = 0) -> Any:
+            return network(config, weights, Recorder(ops, self.names, self.found), ids, cache, first)
+
+        return self._watched.setdefault(network, watched)
 
     def matmul(self, weight: Any, x: Any, bias: Any = None) -> Any:
-        """The backend's; the squares of x (n, cols) are added to the weight's sums before."""
+        """The backend's; the squares of x (n, cols) are added to the weight's sums."""
+        out = self.ops.matmul(weight, x, bias)
         name = self.names.get(id(weight))
-        if name is not None:
+        if name is not None and getattr(self.ops, "computes", True):  # a segment knows of all calls and does some
             if self.last is None or self.last[0] is not x:
-                values = self.ops.to_numpy(x)
                 # in float32 over a batch, which is far finer than what a text tells of a column
-                self.last = x, np.square(values).sum(axis=0)
+                self.last = x, np.square(self.ops.to_numpy(x)).sum(axis=0)
             self.found.sums[name] = self.found.sums.get(name, 0.0) + self.last[1].astype(np.float64)
-            self.found.counts[name] = self.found.counts.get(name, 0) + len(x)
-        return self.ops.matmul(weight, x, bias)
+            self.found.counts[name] = self.found.counts.get(name, 0) + len(out)
+        return out
 
 
 def collect(
@@ -69,9 +81,9 @@ def collect(
     """
     found = Activations(n_ctx)
     recorder = Recorder(model.ops, names(model, output), found)
-    if not hasattr(model.ops, "matmul"):  # a backend made of two: matrices pass it by
-        raise UnsupportedError("a model split between GPU and CPU cannot be measured: use --device cpu")
     chunks, n_batch = windows(model, text, n_ctx, n_chunks), getattr(model.ops, "n_batch", N_BATCH)
+    while n_ctx % n_batch == 1 and n_batch > 2:  # a single token's forward is replayed by what a backend is made of
+        n_batch -= 1
     for window in chunks:
         cache = model.cache(n_ctx)
         for start in range(0, n_ctx, n_batch):

@@ -25,9 +25,26 @@ def device(request):
     return request.getfixturevalue("gpu_device")
 
 
+lost: list[str] = []  # the test in which a fault ended the real device, for this whole process
+
+
+@pytest.fixture
+def gpu_device(the_gpu, request):
+    """The real device; skips where there is none, and in what comes behind a test that lost it."""
+    from ggufkit_formats.errors import DeviceError
+
+    if lost:
+        pytest.skip(f"the device was lost in {lost[0]}")
+    yield the_gpu
+    try:
+        the_gpu.synchronize()
+    except DeviceError as error:
+        lost.append(request.node.nodeid)
+        pytest.fail(f"the device was lost in {request.node.nodeid} : {error}", pytrace=False)
+
+
 @pytest.fixture(scope="session")
-def gpu_device():
-    """The real device; skips where there is none."""
+def the_gpu():
     pytest.importorskip("cupy", reason="not run on a GPU: there is no CuPy")
     from ggufkit_formats.errors import DeviceError
     from ggufkit_kernels.cuda.cupy_device import CupyDevice

@@ -332,8 +332,9 @@ class EmulatedDevice:
     def gemm(
         self, x: EmulatedArray, w: EmulatedArray, out: EmulatedArray, beta: float = 0.0, transposed: bool = True
     ) -> None:
-        for array, dtype in ((x, np.float16), (w, np.float16), (out, np.float32)):
-            assert array.device is self and array.dtype == dtype, array
+        assert x.dtype == w.dtype and x.dtype in (np.float16, np.float32) and out.dtype == np.float32, (x, w, out)
+        for array in (x, w, out):
+            assert array.device is self, array
             assert array.strides[-1] == array.itemsize and array.ndim == x.ndim, array
         right = w.host.astype(np.float32)
         if transposed:

@@ -7,6 +7,7 @@ import pytest
 from ggufkit_kernels.cpu.tape import rotations
 from ggufkit_kernels.cuda import launches
 from ggufkit_kernels.cuda.loader import module
+from ggufkit_kernels.cuda.weights import Inputs, quantize
 from ggufkit_kernels.ops_ref import RefOps
 
 pytestmark = pytest.mark.kernels
@@ -82,12 +83,27 @@ def attend(case, splits, pairs=0, interleaved=False, norms=False, factor=1.0, ti
     parts = device.empty((heads, splits, group * (case.dim + 2)), np.float32)
     tickets = device.zeros((heads,), np.int32) if tickets is None else tickets
     out = device.empty((heads * group * case.dim,), np.float32)
+    whole = group * case.dim % 32 == 0
+    to = Inputs(device, 1, heads * group * case.dim) if whole else None
     kernel = module("attention.cu", HEAD_DIM=case.dim, GROUP=group).kernel("attend")
-    device.launch(kernel, (heads, splits), 256, *map(device.upload, (case.q[0], case.k[0], case.v[0])),
-                  *(map(device.upload, (case.q_norm, case.k_norm)) if norms else (None, None)), table, case.position,
-                  case.keys, case.values, parts, tickets, out, case.positions, shared, pairs, int(interleaved), EPS,
-                  case.scale)  # fmt: skip
-    assert not device.download(tickets).any()  # ready for the next launch
+    before = [device.upload(x) for x in (case.q[0], case.k[0], case.v[0])]
+    before += map(device.upload, (case.q_norm, case.k_norm)) if norms else (None, None)
+    before += [table, case.position, case.keys, case.values, parts, tickets]
+    behind = case.positions, shared, pairs, int(interleaved), EPS, case.scale
+
+    def launch(out, to):
+        device.launch(kernel, (heads, splits), 256, *before, out, *((to.q, to.a) if to else (None, None)), *behind)
+        assert not device.download(tickets).any()  # ready for the next launch
+
+    launch(out, to)
+    if to is not None:  # as `quantize` makes of the numbers, with these or alone
+        wanted, alone = (Inputs(device, 1, to.cols) for _ in range(2))
+        device.launch(*quantize(out, wanted, 1))
+        launch(None, alone)
+        for made in (to, alone):
+            for name in ("q", "a"):
+                bits = [device.download(getattr(each, name)).view(np.uint8) for each in (made, wanted)]
+                assert np.array_equal(*bits), name
     return device.download(out)[None]
 
 

@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from fake_cupy import CUDARuntimeError, Fake
+from fake_cupy import Cublas, CUDARuntimeError, Fake
 from ggufkit_formats.errors import DeviceError, DeviceMemoryError
 from ggufkit_kernels.cuda import cupy_device, loader
 from ggufkit_kernels.cuda.cupy_device import CupyDevice
@@ -63,12 +63,21 @@ def test_no_device(fake):
     assert not cupy_device.available()
 
 
-def test_no_driver(fake):
-    fake.count_error = CUDARuntimeError(35, "cudaErrorInsufficientDriver: CUDA driver version is insufficient\nmore")
+@pytest.mark.parametrize(
+    ("status", "driver", "said"),
+    [
+        (35, 0, "there is no NVIDIA driver"),
+        (35, 12040, "the NVIDIA driver is one for CUDA 12.4, and this CuPy needs 13.2: pip install 'ggufkit[cuda12]'"),
+        (35, 13000, "the NVIDIA driver is one for CUDA 13.0, and this CuPy needs 13.2"),
+        (100, 13000, "cudaErrorNoDevice: no CUDA-capable device is detected"),
+    ],
+)
+def test_no_driver(fake, status, driver, said):
+    text = "cudaErrorNoDevice: no CUDA-capable device is detected" if status == 100 else "cudaErrorInsufficientDriver"
+    fake.count_error, fake.driver = CUDARuntimeError(status, text + "\nmore"), driver
     with pytest.raises(DeviceError) as error:
         CupyDevice()
-    said = "there is no CUDA device: cudaErrorInsufficientDriver: CUDA driver version is insufficient"
-    assert one_line(error) == said
+    assert one_line(error) == f"there is no CUDA device: {said}"
     assert not cupy_device.available()
 
 
@@ -82,10 +91,23 @@ def test_too_old(fake, arch):
     assert not cupy_device.available()
 
 
-def test_no_nvrtc(fake, monkeypatch):
-    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs.nvrtc", None)
-    with pytest.raises(DeviceError, match=r"a library of the CUDA toolkit is missing, pip install 'ggufkit\[cuda13\]'"):
+MISSING = "a library of the CUDA toolkit is missing, pip install 'ggufkit[cuda13]' (or [cuda12]) brings it: "
+
+
+def test_no_nvrtc(fake):
+    fake.nvrtc.missing = True
+    with pytest.raises(DeviceError) as error:
         CupyDevice()
+    assert one_line(error) == MISSING + 'Failure finding "libnvrtc.so":'
+
+
+def test_no_cublas(fake):
+    device = CupyDevice()
+    fake.no_cublas = True
+    x, out = device.zeros((8, 8), np.float16), device.zeros((8, 8), np.float32)
+    with pytest.raises(DeviceError) as error:
+        device.gemm(x, x, out)
+    assert one_line(error) == MISSING + 'Failure finding "libcublas.so":'
 
 
 def test_a_device(fake):
@@ -120,6 +142,7 @@ def test_out_of_memory(fake):
     [
         (2, "cudaErrorMemoryAllocation: out of memory", DeviceMemoryError),
         (3, "CUBLAS_STATUS_ALLOC_FAILED", DeviceMemoryError),
+        (1, "CUBLAS_STATUS_NOT_INITIALIZED", DeviceError),
         (700, "cudaErrorIllegalAddress: an illegal memory access was encountered", DeviceError),
         (719, "cudaErrorLaunchFailure: unspecified launch failure", DeviceError),
     ],
@@ -137,10 +160,39 @@ def test_failures_are_one_line(fake, status, text, kind):
         with pytest.raises(DeviceError) as raised:
             fails()
         assert type(raised.value) is kind and raised.value.__cause__ is None
-        start = "the GPU's memory is full: " if kind is DeviceMemoryError else "the GPU failed: "
-        assert one_line(raised) == start + text
+        said = {
+            f"the GPU failed: {text}",
+            f"the GPU failed in add: {text}",  # where it is known in which kernel
+        }
+        if kind is DeviceMemoryError:
+            said = {f"the GPU's memory is full: {text}"}
+        elif status == 1:
+            said = {"cuBLAS does not start, mostly for want of the GPU's memory"}
+        assert one_line(raised) in said
     assert error is fake.broken
-    assert not device.stream.capturing  # a capture that failed was ended
+    assert device.stream.capture is None  # a capture that failed was ended
+
+
+def test_a_fault_is_not_told_again_by_each_object(fake, monkeypatch):
+    """CuPy's destructors fail, too, after a fault; those of others are still told."""
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(unraisable.exc_type))
+    device = CupyDevice()
+    fake.broken = CUDARuntimeError(700, "cudaErrorIllegalAddress: an illegal memory access was encountered")
+    for _ in range(2):
+        with pytest.raises(DeviceError):
+            device.synchronize()
+
+    class Held:
+        def __init__(self, error):
+            self.error = error
+
+        def __del__(self):
+            raise self.error
+
+    for error in (CUDARuntimeError(700, "again"), OSError("another")):
+        Held(error)
+    assert told == [OSError]
 
 
 def test_copies(fake):
@@ -170,9 +222,12 @@ def test_small_writes_wait_only_when_they_must(fake):
     fake.waits = 0
     for k, array in enumerate(arrays):
         device.write(array, np.full(16, k, np.int32))
-    assert fake.waits == 3000 * 64 // cupy_device.STAGE_BYTES
+    assert fake.waits == 0
+    for k, array in enumerate(arrays * 2):
+        device.write(array, np.full(16, k, np.int32))
+    assert fake.waits == 9000 * 64 // cupy_device.STAGE_BYTES
     device.synchronize()
-    assert [int(array.host[0]) for array in arrays] == list(range(3000))
+    assert [int(array.host[0]) for array in arrays] == list(range(3000, 6000))
     device.write(arrays[0], np.zeros(16, np.int32))
     assert device.staged == 64
 
@@ -241,7 +296,8 @@ def test_levels_of_a_graph(fake, widths):
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("lead", [(), (3,)])
 @pytest.mark.parametrize("cut", [0, 8])
-def test_gemm_in_columns(fake, lead, transposed, beta, cut):
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_gemm_in_columns(fake, dtype, lead, transposed, beta, cut):
     """Against the definition of cuBLAS's call, also where rows are parts of wider ones."""
     device = CupyDevice()
     rng = np.random.default_rng(5)
@@ -258,13 +314,15 @@ def test_gemm_in_columns(fake, lead, transposed, beta, cut):
         wide.shape, wide.strides = wide.host.shape, wide.host.strides
         return wide
 
-    x, w, out = part(x, np.float16), part(w, np.float16), part(np.ones((*lead, m, n)), np.float32)
+    x, w, out = part(x, dtype), part(w, dtype), part(np.ones((*lead, m, n)), np.float32)
     right = np.swapaxes(w.host, -1, -2) if transposed else w.host
     wanted = x.host.astype(np.float64) @ right.astype(np.float64) + beta
     device.gemm(x, w, out, beta, transposed)
     assert np.allclose(out.host, wanted, atol=1e-5)
     with pytest.raises(ValueError):
         device.gemm(x, w, out, beta, not transposed)
+    with pytest.raises(ValueError):
+        device.gemm(x, part(w.host, np.float32 if dtype == np.float16 else np.float16), out, beta, transposed)
 
 
 # -- the real CuPy, where it is installed ------------------------------------------------------------------
@@ -275,21 +333,51 @@ def test_the_real_cupy_has_these_names():
     cupy = pytest.importorskip("cupy", reason="there is no CuPy to compare the fake with")
     cuda = cupy.cuda
     for owner, names in {
-        cuda.runtime: "getDeviceCount getDeviceProperties memGetInfo",
+        cuda.runtime: "getDeviceCount getDeviceProperties memGetInfo driverGetVersion runtimeGetVersion",
         cuda.Stream: "begin_capture end_capture synchronize wait_event __enter__",
         cuda.MemoryPool: "malloc free_all_blocks free_bytes",
         cuda.MemoryPointer: "copy_from_host_async copy_to_host_async copy_from_device_async memset_async",
         cuda.function.Module: "load get_function",
         cuda.device: "get_cublas_handle",
         cuda.Graph: "launch upload",
-        cuda: "Event alloc_pinned_memory Device",
-        importlib.import_module("cupy_backends.cuda.libs.nvrtc"):
-            "getVersion getSupportedArchs createProgram compileProgram getCUBIN getPTX getProgramLog destroyProgram",
+        cuda: "Event alloc_pinned_memory Device get_elapsed_time",
+        cuda.nvrtc: "getVersion getSupportedArchs createProgram compileProgram getCUBIN getPTX getProgramLog "
+            "destroyProgram",
     }.items():  # fmt: skip
         for name in names.split():
             assert hasattr(owner, name), (owner, name)
     assert "memptr" in cupy.ndarray.__doc__ and "non_blocking" in cuda.Stream.__doc__
     assert list(inspect.signature(cuda.Event.__init__).parameters)[2] == "disable_timing"
-    with pytest.raises(DeviceError, match=r"^there is no CUDA device: cudaError"):
+    for name, ours in (("gemmEx", Cublas.gemmEx), ("gemmStridedBatchedEx", Cublas.gemmStridedBatchedEx)):
+        stated = getattr(cuda.cublas, name).__doc__.partition("(")[2].partition(")")[0]
+        assert len(stated.split(",")) == len(inspect.signature(ours).parameters) - 1, stated
+    assert issubclass(cuda.memory.OutOfMemoryError, MemoryError)
+    for module, name in (("api.runtime", "CUDARuntimeError"), ("api.driver", "CUDADriverError"),
+                         ("libs.cublas", "CUBLASError"), ("libs.nvrtc", "NVRTCError")):  # fmt: skip
+        error = getattr(importlib.import_module(f"cupy_backends.cuda.{module}"), name)
+        assert issubclass(error, RuntimeError) and error.__module__.startswith("cupy_backends.")
+
+
+def test_the_real_nvrtc_through_cupy(tmp_path, monkeypatch):
+    """The compiler needs no device: machine code of every module without macros, and a fault that is told."""
+    cupy = pytest.importorskip("cupy", reason="there is no CuPy to compile by")
+    monkeypatch.setenv("GGUFKIT_CACHE_DIR", str(tmp_path))
+    compiler = cupy_device.Compiler(cupy.cuda.nvrtc, 90, lambda line: None)
+    for file in ("elementwise.cu", "sample.cu", "inputs.cu"):
+        code = compiler.code(loader.module(file))
+        assert code[:4] == b"\x7fELF" and compiler.code(loader.module(file)) == code
+    with pytest.raises(DeviceError) as error:
+        compiler.code(loader.module("matvec.cu"))
+    assert one_line(error).startswith("matvec.cu does not compile for sm_90: matvec.cu(")
+    newer = cupy_device.Compiler(cupy.cuda.nvrtc, 199, lambda line: None)
+    assert not newer.binary and b".target sm_" in newer.code(loader.module("sample.cu"))
+
+
+def test_the_real_cupy_without_a_driver():
+    cupy = pytest.importorskip("cupy", reason="there is no CuPy to ask")
+    if cupy.cuda.runtime.driverGetVersion():
+        pytest.skip("there is a driver")
+    with pytest.raises(DeviceError) as error:
         CupyDevice()
-        pytest.skip("there is a device")
+    assert one_line(error) == "there is no CUDA device: there is no NVIDIA driver"
+    assert not cupy_device.available()

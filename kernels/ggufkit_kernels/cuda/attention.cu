@@ -3,17 +3,20 @@
 // Compiled for a HEAD_DIM (even, at most 256) and a GROUP (queries that read one key head, at most 16).
 //
 //   keys, values   float16 (n_kv_heads, positions, HEAD_DIM), of one layer
-//   grid           (n_kv_heads * shared, splits): more than 16 queries of a key head go to `shared` blocks. A block takes a span of positions for all queries of a key head, so that keys
-//                  and values are read once. The span is length / splits, rounded up to tiles of TILE positions: the
+//   grid           (n_kv_heads * shared, splits): more than 16 queries of a key head go to `shared` blocks. A block takes
+//                  a span of positions for all queries of a key head, so that keys and values are read once. The span is length / splits, rounded up to tiles of TILE positions: the
 //                  grid does not depend on the length, so that a captured graph can be replayed, and blocks beyond the
 //                  length leave at once. The span that holds the own position also stores k and v there.
 //   a tile         scores: LANES_PER_KEY lanes share a key, 16 bytes of it at a time, PER_LANE loads each, and two keys
 //                  at a time; softmax: a warp a query, online (Milakov and Gimelshein, arXiv 1805.02867); values:
 //                  a thread holds 8 dimensions of all queries and goes over every (THREADS / N_VECTORS)-th position.
 //                  The first 8 loads of values are issued before the scores are computed.
-//   parts          float32 (n_kv_heads * shared, splits, GROUP * (HEAD_DIM + 2)): weighted values, maxima, sums of a span. The last
-//                  block of a key head to be done (an atomic ticket, set back for the next launch) joins them, as
-//                  Flash-Decoding's second kernel does. Up to TILE positions there is nothing to join.
+//   parts          float32 (n_kv_heads * shared, splits, GROUP * (HEAD_DIM + 2)): weighted values, maxima, sums of a
+//                  span. The last block of a key head to be done (an atomic ticket, set back for the next launch) joins
+//                  them, as Flash-Decoding's second kernel does. Up to TILE positions there is nothing to join.
+//   results        gathered in shared memory, from where they go as float32, as int8 inputs of the output matrix (chunks
+//                  of 32; a block's queries have to be whole chunks), or as both: 4,096 numbers are then no launch of
+//                  their own, which would be waited for and wait.
 //
 // Bytes and operations. A position costs 4 HEAD_DIM bytes a key head; 8 heads of 128 at 8,192 positions are 33.5 MB a
 // layer, 10 us on an H100 (3.35 TB/s). With 4 queries a key head a position costs 1,024 fma and 256 conversions to
@@ -22,7 +25,7 @@
 // 4 queries of 128 take 128 registers on sm_90 (two blocks a multiprocessor), 142 on sm_75; ptxas spills nothing for
 // them, and 40 bytes for 16 queries of 256.
 // Not measured on a device: TILE, THREADS, the splits (ops.py: two blocks a multiprocessor).
-#include "common.cuh"
+#include "chunk.cuh"
 
 #define THREADS 256
 #define WARPS (THREADS / 32)
@@ -47,6 +50,7 @@ typedef u32 Vector;
 #define PER_SHARE ((TILE + SHARES - 1) / SHARES)
 #define PART (GROUP * (HEAD_DIM + 2))
 #define HEADS_A_PASS 2
+#define N_CHUNKS (GROUP * HEAD_DIM / 32)  // of int8 inputs, where they are whole
 
 __device__ __forceinline__ void to_floats(const uint4& v, float* out) {
     const u32 words[4] = {v.x, v.y, v.z, v.w};
@@ -96,8 +100,8 @@ __device__ void norm_row(float* x, const float* norm, float eps, int lane) {
     for (int i = lane; i < HEAD_DIM; i += 32) x[i] = x[i] * factor * norm[i];
 }
 
-// The joined result of all parts of a key head. All threads come.
-__device__ void join(const float* parts, int active, float (*weights)[GROUP], float* inverse, float* out) {
+// The joined result of all parts of a key head, in shared memory. All threads come.
+__device__ void join(const float* parts, int active, float (*weights)[GROUP], float* inverse, float* made) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int g = warp; g < GROUP; g += WARPS) {
         float top = __uint_as_float(0xff800000u), total = 0.0f;  // -infinity
@@ -123,7 +127,18 @@ __device__ void join(const float* parts, int active, float (*weights)[GROUP], fl
             const float2 v = load_fresh(parts + (size_t)s * PART + i);
             x += weights[s][g] * v.x, y += weights[s][g] * v.y;
         }
-        out[i] = x * inverse[g], out[i + 1] = y * inverse[g];
+        made[i] = x * inverse[g], made[i + 1] = y * inverse[g];
+    }
+}
+
+// A block's results: as float32 `out` (GROUP * HEAD_DIM), and as int8 q with a; either may be null. All threads come.
+__device__ __forceinline__ void deliver(const float* made, float* out, i8* q, uint2* a) {
+    __syncthreads();
+    if (out != nullptr) {
+        for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) out[i] = made[i];
+    }
+    if (q != nullptr) {
+        for (int i = threadIdx.x / 32; i < N_CHUNKS; i += WARPS) quantize_lanes(made[32 * i + threadIdx.x % 32], i, q, a);
     }
 }
 
@@ -269,10 +284,10 @@ __device__ __forceinline__ void add_values(float (&acc)[GROUP][VEC], Vector (&ah
     }
 }
 
-// The sum of acc over the shares, HEADS_A_PASS queries at a time: to `part`, or over the sums to `result` where the span
-// is the only one. All threads come.
+// The sum of acc over the shares, HEADS_A_PASS queries at a time: to `part`, or over the sums to `made` where the span is
+// the only one. All threads come.
 __device__ __forceinline__ void leave(const float (&acc)[GROUP][VEC], float* pool, const float* sums, bool only,
-                                      float* part, float* result) {
+                                      float* part, float* made) {
     const int tid = threadIdx.x;
 #pragma unroll
     for (int g0 = 0; g0 < GROUP; g0 += HEADS_A_PASS) {
@@ -293,7 +308,7 @@ __device__ __forceinline__ void leave(const float (&acc)[GROUP][VEC], float* poo
             float total = 0.0f;
             for (int s = 0; s < SHARES; s++) total += pool[(h * SHARES + s) * HEAD_DIM + d];
             if (only) {
-                result[g * HEAD_DIM + d] = total / sums[g];
+                made[g * HEAD_DIM + d] = total / sums[g];
             } else {
                 part[g * HEAD_DIM + d] = total;
             }
@@ -302,17 +317,19 @@ __device__ __forceinline__ void leave(const float (&acc)[GROUP][VEC], float* poo
 }
 
 // q (n_kv_heads * shared * GROUP, HEAD_DIM), k and v (n_kv_heads, HEAD_DIM), float32; q_norm, k_norm (HEAD_DIM,) or null; table
-// (…, 2 pairs): cosines, then sines of a position; pairs 0: q and k are rotated already. tickets int, one a head of the grid, zero.
+// (…, 2 pairs): cosines, then sines of a position; pairs 0: q and k are rotated already. tickets int, one a head of the
+// grid, zero. Results: out, and next_q, next_a where GROUP * HEAD_DIM are whole chunks; either may be null.
 extern "C" __global__ void __launch_bounds__(THREADS)
 attend(const float* q, const float* k, const float* v, const float* q_norm, const float* k_norm, const float* table,
-       const int* start, u16* keys, u16* values, float* parts, int* tickets, float* out, int positions, int shared,
-       int pairs, int interleaved, float eps, float scale) {
+       const int* start, u16* keys, u16* values, float* parts, int* tickets, float* out, i8* next_q, uint2* next_a,
+       int positions, int shared, int pairs, int interleaved, float eps, float scale) {
     __shared__ float4 query_room[((GROUP + 1) * PADDED + 3) / 4], score_room[TILE * GROUP / 4];
     __shared__ float pool[HEADS_A_PASS * THREADS * VEC];
     __shared__ float maxima[GROUP], sums[GROUP], factors[GROUP];
     __shared__ int last;
 
     float(*const query)[PADDED] = (float(*)[PADDED])query_room;  // the last one is the key of the own position
+    float* const made = (float*)query_room;                      // in the end
     float(*const scores)[GROUP] = (float(*)[GROUP])score_room;   // (TILE, GROUP)
     const int head = blockIdx.x, key_head = head / shared, split = blockIdx.y, own = *start, length = own + 1;
     const int span = ((length + (int)gridDim.y - 1) / (int)gridDim.y + TILE - 1) / TILE * TILE;
@@ -347,16 +364,21 @@ attend(const float* q, const float* k, const float* v, const float* q_norm, cons
     }
 
     float* const part = parts + ((size_t)head * gridDim.y + split) * PART;
-    float* const result = out + (size_t)head * GROUP * HEAD_DIM;
-    leave(acc, pool, sums, active == 1, part, result);
-    if (active == 1) return;  // all threads of the block
-    if (tid < GROUP) part[GROUP * HEAD_DIM + 2 * tid] = maxima[tid], part[GROUP * HEAD_DIM + 2 * tid + 1] = sums[tid];
-    __threadfence();
-    __syncthreads();
-    if (tid == 0) last = atomicAdd(tickets + head, 1) == active - 1;
-    __syncthreads();
-    if (!last) return;  // all threads of the block
-    __threadfence();
-    join(parts + (size_t)head * gridDim.y * PART, active, scores, factors, result);
-    if (tid == 0) tickets[head] = 0;
+    if (out != nullptr) out += (size_t)head * GROUP * HEAD_DIM;
+    if (next_q != nullptr) next_q += (size_t)head * N_CHUNKS * 32, next_a += (size_t)head * N_CHUNKS;
+    leave(acc, pool, sums, active == 1, part, made);
+    if (active > 1) {
+        if (tid < GROUP) {
+            part[GROUP * HEAD_DIM + 2 * tid] = maxima[tid], part[GROUP * HEAD_DIM + 2 * tid + 1] = sums[tid];
+        }
+        __threadfence();
+        __syncthreads();
+        if (tid == 0) last = atomicAdd(tickets + head, 1) == active - 1;
+        __syncthreads();
+        if (!last) return;  // all threads of the block
+        __threadfence();
+        join(parts + (size_t)head * gridDim.y * PART, active, scores, factors, made);
+        if (tid == 0) tickets[head] = 0;
+    }
+    deliver(made, out, next_q, next_a);
 }

@@ -14,7 +14,7 @@ from ggufkit_formats.errors import UnsupportedError, UsageError
 from ..ops import Positions
 from .device import Array, Device
 from .loader import Module, module
-from .weights import Launch
+from .weights import Inputs, Launch
 
 MOST_DIM, MOST_GROUP = 256, 16  # what attention.cu can be compiled for
 THREADS, TILE = 256, 128  # as in attention.cu
@@ -134,22 +134,27 @@ class Parts:
         # Spans of positions. More than the cache holds tiles make no difference to who does what, so results do not
         # depend on the cache's room.
         self.splits = min(max(1, BLOCKS * device.n_sm // self.heads), TILE, -(-cache.positions // TILE))
+        self.whole_chunks = self.group * cache.head_dim % 32 == 0  # of int8 inputs, in a block's results
         self.values = device.empty((self.heads, self.splits, self.group * (cache.head_dim + 2)), np.float32)
         self.tickets = device.zeros((self.heads,), np.int32)
 
 
-def attend(q: Array, k: Array, v: Array, cache: CudaCache, layer: int, position: Array, parts: Parts, out: Array,
-           scale: float, rotation: Rotation, norms: tuple[Array, Array, float] | None = None) -> Launch:  # fmt: skip
-    """One token: q and k normed, where `norms` (q's, k's, eps) says so, and rotated, k and v stored, attention to out.
+def attend(q: Array, k: Array, v: Array, cache: CudaCache, layer: int, position: Array, parts: Parts, out: Array | None,
+           scale: float, rotation: Rotation, norms: tuple[Array, Array, float] | None = None,
+           to: Inputs | None = None) -> Launch:  # fmt: skip
+    """One token: q and k normed, where `norms` (q's, k's, eps) says so, and rotated, k and v stored, attention to out
+    and, where `parts.whole_chunks`, as int8 to `to`.
 
     q (1, n_heads, head_dim), k and v (1, n_kv_heads, head_dim); position int32 (1,); out (1, n_heads * head_dim).
     """
+    assert to is None or parts.whole_chunks
     kernel = attend_module(cache.head_dim, parts.group).kernel("attend")
     q_norm, k_norm, eps = norms or (None, None, 0.0)
     return (
         kernel, (parts.heads, parts.splits), THREADS, q, k, v, q_norm, k_norm, rotation.table, position,
-        cache.keys[layer], cache.values[layer], parts.values, parts.tickets, out, cache.positions, parts.shared,
-        *rotation.words, float(eps), float(scale),
+        cache.keys[layer], cache.values[layer], parts.values, parts.tickets, out,
+        *((to.q, to.a) if to else (None, None)), cache.positions, parts.shared, *rotation.words, float(eps),
+        float(scale),
     )  # fmt: skip
 
 

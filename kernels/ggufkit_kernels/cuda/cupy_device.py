@@ -34,11 +34,12 @@ Array = Any
 EXTRAS = "pip install 'ggufkit[cuda13]' (or [cuda12])"
 OLDEST = 75  # compute capability: __dp4a and what nvrtc 13 still compiles for
 UNUSED_SECONDS = 90 * 86400
-STAGE_BYTES, SMALL_BYTES = 1 << 16, 1 << 12  # pinned memory, and what goes through it
+STAGE_BYTES, SMALL_BYTES = 1 << 18, 1 << 14  # pinned memory, and what goes through it: a prompt's ids do
 SIDE_STREAMS = 7  # beside the main one, when a graph is recorded
 # cudaDataType_t, cublasComputeType_t, cublasGemmAlgo_t, cublasOperation_t
 _R_16F, _R_32F, _COMPUTE_32F, _GEMM_DEFAULT, _N, _T = 2, 0, 68, -1, 0, 1
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation as well as CUDA_ERROR_OUT_OF_MEMORY
+_OLD_DRIVER = 35  # cudaErrorInsufficientDriver, also where there is none
 
 
 def installed() -> bool:
@@ -68,11 +69,22 @@ def _import() -> Any:
         raise DeviceError(f"CuPy cannot be imported: {_line(error)}") from None
     try:
         count = cupy.cuda.runtime.getDeviceCount()
-    except Exception as error:  # no driver: CuPy's own class of errors
-        raise DeviceError(f"there is no CUDA device: {_line(error)}") from None
+    except Exception as error:  # CuPy's own class of errors
+        raise DeviceError(f"there is no CUDA device: {_driver_fault(cupy.cuda.runtime, error)}") from None
     if not count:
         raise DeviceError("there is no CUDA device")
     return cupy
+
+
+def _driver_fault(runtime: Any, error: Exception) -> str:
+    """Why no device can be asked for; the runtime says "insufficient" of a driver that is not there, too."""
+    if getattr(error, "status", None) != _OLD_DRIVER:
+        return _line(error)
+    driver, wanted = ((v // 1000, v % 1000 // 10) for v in (runtime.driverGetVersion(), runtime.runtimeGetVersion()))
+    if driver == (0, 0):
+        return "there is no NVIDIA driver"
+    said = f"the NVIDIA driver is one for CUDA {driver[0]}.{driver[1]}, and this CuPy needs {wanted[0]}.{wanted[1]}"
+    return f"{said}: pip install 'ggufkit[cuda{driver[0]}]'" if driver[0] < wanted[0] else said
 
 
 def _arch(cupy: Any) -> int:
@@ -85,21 +97,44 @@ def _line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _said() -> Iterator[None]:
-    """What CUDA and CuPy raise becomes one line: DeviceMemoryError or DeviceError."""
+def _said(where: str = "") -> Iterator[None]:
+    """What CUDA and CuPy raise becomes one line: DeviceMemoryError or DeviceError. `where`: in which kernel."""
     try:
         yield
     except (DeviceError, TypeError, ValueError, OverflowError):
         raise
     except MemoryError as error:  # OutOfMemoryError of CuPy's pool
         raise DeviceMemoryError(f"the GPU's memory is full: {_line(error)}") from None
-    except ImportError as error:  # CuPy loads cuBLAS and nvrtc at first use
-        raise DeviceError(f"a library of the CUDA toolkit is missing, {EXTRAS} brings it: {_line(error)}") from None
+    except ImportError as error:  # CuPy loads cuBLAS at first use
+        raise _missing(error) from None
     except RuntimeError as error:  # CUDARuntimeError, CUDADriverError, CUBLASError, NVRTCError
-        line = _line(error)
-        if "ALLOC_FAILED" in line or (getattr(error, "status", None) == _OUT_OF_MEMORY and "NVRTC" not in line):
+        if type(error).__module__.startswith("cuda.pathfinder"):  # which finds nvrtc for CuPy
+            raise _missing(error) from None
+        line, status = _line(error), getattr(error, "status", None)
+        if "ALLOC_FAILED" in line or (status == _OUT_OF_MEMORY and "NVRTC" not in line):
             raise DeviceMemoryError(f"the GPU's memory is full: {line}") from None
-        raise DeviceError(f"the GPU failed: {line}") from None
+        if "CUBLAS_STATUS_NOT_INITIALIZED" in line:
+            raise DeviceError("cuBLAS does not start, mostly for want of the GPU's memory") from None
+        _hush()
+        raise DeviceError(f"the GPU failed{where and ' in '}{where}: {line}") from None
+
+
+def _missing(error: Exception) -> DeviceError:
+    return DeviceError(f"a library of the CUDA toolkit is missing, {EXTRAS} brings it: {_line(error)}")
+
+
+def _hush() -> None:
+    """After a fault of the device no object of CuPy's can be freed, and Python would print a traceback for each."""
+    before = sys.unraisablehook
+    if getattr(before, "hushed", False):
+        return
+
+    def hook(unraisable: Any) -> None:
+        if not unraisable.exc_type.__module__.startswith("cupy_backends."):
+            before(unraisable)
+
+    hook.hushed = True  # type: ignore[attr-defined]
+    sys.unraisablehook = hook
 
 
 class Compiler:
@@ -213,8 +248,7 @@ class CupyDevice:
                 f"{self.name} has compute capability {self.arch / 10}; ggufkit needs {OLDEST / 10} (Turing) or newer"
             )
         with _said():
-            nvrtc = importlib.import_module("cupy_backends.cuda.libs.nvrtc")
-            self.compiler = Compiler(nvrtc, self.arch, tell, f"{self.name} (sm_{self.arch})")
+            self.compiler = Compiler(cupy.cuda.nvrtc, self.arch, tell, f"{self.name} (sm_{self.arch})")
             self.stream = cupy.cuda.Stream(non_blocking=True)
             self.sides: list[Any] = []
             self.pool = cupy.cuda.MemoryPool()
@@ -240,7 +274,7 @@ class CupyDevice:
                     progress(done, len(missing))
             return made
 
-        with _said(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        with _said(), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
             for module, made in zip(missing, threads.map(code, missing), strict=True):
                 self._load(module, made)
 
@@ -257,7 +291,7 @@ class CupyDevice:
         return found
 
     def launch(self, kernel: Kernel, grid: tuple[int, ...], block: int, *args: Any) -> None:
-        with _said():
+        with _said(kernel.name):
             self._function(kernel)(grid, (block,), words(args), stream=self.stream)
 
     def capture(self, levels: Sequence[Sequence[tuple]]) -> CupyGraph:
@@ -269,10 +303,11 @@ class CupyDevice:
             ]
             while len(self.sides) < min(SIDE_STREAMS, max(map(len, bound), default=1) - 1):
                 self.sides.append(self.cupy.cuda.Stream(non_blocking=True))
+            events: list[Any] = []  # which stay until the capture has ended
             self.stream.begin_capture()
             try:
                 for level in bound:
-                    self._record(level)
+                    events += self._record(level)
             except BaseException:
                 with contextlib.suppress(Exception):
                     self.stream.end_capture()
@@ -281,21 +316,21 @@ class CupyDevice:
             graph.upload(stream=self.stream)
         return CupyGraph(graph, self.stream, [args for level in levels for _, _, _, *args in level])
 
-    def _record(self, level: list[tuple]) -> None:
-        """Queue one level: forked from the main stream, and joined to it again."""
+    def _record(self, level: list[tuple]) -> list[Any]:
+        """Queue one level: forked from the main stream, and joined to it again by the events that are returned."""
         sides = self.sides[: len(level) - 1]
         streams = [self.stream, *sides]
+        events = [self.cupy.cuda.Event(disable_timing=True) for _ in streams[1:] and streams]
         if sides:
-            begin = self.cupy.cuda.Event(disable_timing=True)
-            begin.record(self.stream)
+            events[0].record(self.stream)
             for side in sides:
-                side.wait_event(begin)
+                side.wait_event(events[0])
         for k, (function, grid, block, args) in enumerate(level):
             function(grid, block, args, stream=streams[k % len(streams)])
-        for side in sides:
-            end = self.cupy.cuda.Event(disable_timing=True)
+        for side, end in zip(sides, events[1:], strict=True):
             end.record(side)
             self.stream.wait_event(end)
+        return events
 
     # -- memory --------------------------------------------------------------------------------------------
 
@@ -337,8 +372,9 @@ class CupyDevice:
         if not array.nbytes:
             return
         with _said():
-            if array.nbytes > SMALL_BYTES:  # from ordinary memory CUDA returns when the bytes are taken
+            if array.nbytes > SMALL_BYTES:  # ordinary memory, which may be gone before all systems have taken it
                 to.data.copy_from_host_async(ctypes.c_void_p(array.ctypes.data), array.nbytes, self.stream)
+                self.synchronize()
                 return
             # from pinned memory nobody waits: a token's few bytes must not wait for the token before
             if self.staged + array.nbytes > STAGE_BYTES:
@@ -383,13 +419,14 @@ class CupyDevice:
         """out = x @ w.T + beta * out by cuBLAS, which counts in columns: out.T = w @ x.T."""
         m, k = x.shape[-2:]
         n = out.shape[-1]
-        if w.shape[-2:] != ((n, k) if transposed else (k, n)) or out.shape[-2] != m:
-            raise ValueError(f"{x.shape} and {w.shape} do not make {out.shape}")
+        if w.shape[-2:] != ((n, k) if transposed else (k, n)) or out.shape[-2] != m or w.dtype != x.dtype:
+            raise ValueError(f"{x.dtype} {x.shape} and {w.dtype} {w.shape} do not make {out.shape}")
         with _said(), self.stream:
-            cublas: Any = importlib.import_module("cupy_backends.cuda.libs.cublas")
+            cublas = self.cupy.cuda.cublas  # not by its module's name: CuPy finds the library by this one's
             handle = self.cupy.cuda.device.get_cublas_handle()
             factor = np.array([beta], np.float32)
-            operands = [(a.data.ptr, kind, a.strides[-2] // a.itemsize) for a, kind in ((w, _R_16F), (x, _R_16F))]
+            kind = {np.dtype(np.float16): _R_16F, np.dtype(np.float32): _R_32F}[x.dtype]  # float32: not TF32 by default
+            operands = [(a.data.ptr, kind, a.strides[-2] // a.itemsize) for a in (w, x)]
             head = (handle, _T if transposed else _N, _N, n, m, k, self._alpha.ctypes.data)
             if x.ndim == 2:
                 (a, a_type, lda), (b, b_type, ldb) = operands

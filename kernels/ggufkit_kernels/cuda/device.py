@@ -67,8 +67,8 @@ class Device(Protocol):
     def gemm(self, x: Array, w: Array, out: Array, beta: float = 0.0, transposed: bool = True) -> None:
         """out = x @ w.T + beta * out (x @ w where not `transposed`), over a leading batch dimension where there is one.
 
-        x (…, m, k) and w (…, n, k) or (…, k, n) are float16, out (…, m, n) is float32 and so are the sums. Rows are
-        contiguous, further strides are those of the arrays.
+        x (…, m, k) and w (…, n, k) or (…, k, n) are both float16 or both float32 (which nothing rounds), out (…, m, n)
+        is float32 and so are the sums. Rows are contiguous, further strides are those of the arrays.
         """
         ...
 

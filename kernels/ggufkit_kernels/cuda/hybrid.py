@@ -99,6 +99,15 @@ class Segment:
                 self.crossing = x, self.given(self.ops)
         return self.at == self.which
 
+    @property
+    def computes(self) -> bool:
+        """Whether the last call was this segment's."""
+        return self.at == self.which
+
+    def to_numpy(self, x: Any) -> np.ndarray:
+        """The values on the host, of a result that this segment reads or made."""
+        return self.ops.to_numpy(self._here(x))
+
     def _here(self, x: Any) -> Any:
         if not isinstance(x, Elsewhere):
             return x

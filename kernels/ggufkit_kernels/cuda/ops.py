@@ -176,8 +176,10 @@ class CudaOps:
         out = self.array(n, rows)
         if n == 0:
             return out
-        if n <= FEW or weight.layout.values == "f32":  # which halves would round
+        if n <= FEW:
             self._matvec(weight, x, bias, out)
+        elif weight.unpacked_dtype is np.float32:
+            self._gemm_f32(weight, x, bias, out)
         else:
             self._gemm(weight, x, bias, out)
         return out
@@ -210,6 +212,19 @@ class CudaOps:
             if low is not None:
                 self.device.gemm(low, part, out[:, first:last], beta=1.0)
         launches.undo_halves(self.device, out, factors, bias)
+
+    def _gemm_f32(self, weight: CudaWeight, x: Array, bias: Array | None, out: Array) -> None:
+        """By cuBLAS in float32, some rows at a time, which are only brought into order."""
+        rows, cols = weight.shape
+        step = max(1, SLAB_NBYTES // (4 * cols * LANES)) * LANES
+        slab = self.scratch("slab", (min(step, rows), cols), np.float32)
+        for first in range(0, rows, step):
+            last = min(rows, first + step)
+            part = slab[: last - first]
+            self.device.launch(*weight.unpack(first, last, part))
+            self.device.gemm(x, part, out[:, first:last])
+        if bias is not None:
+            launches.add_rows(self.device, out, bias, None)
 
     # -- the rest ------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ single call cannot see is put together, by what depends on what, never by the ar
   which only matrices of codes read leaves it as their int8 inputs, where its rows make blocks enough for the device;
 - two products of one input, of matrices of one type, that only a gate's activation reads are one launch with it;
 - rotations, and norms of the heads before them, that only attention reads are attention's own, as is storing k and v;
+  matrices of codes that read attention's results get them as int8 inputs, where a block has whole chunks of them;
 - launches that do not depend on each other (q, k and v; gate and up) are one level of the graph, side by side.
 
 Every result has memory of its own, for the whole graph: 200 KB a layer of an 8B network, all of which stays in the
@@ -352,11 +353,17 @@ class Program:
         q, k, rotation, norms = self._before[node]
         q, k, v = self._value(q), self._value(k), self._value(node.reads[2])
         turned = Rotation() if rotation is None else self._rotation(rotation)
-        out = self._new(node)
         level = 1 + max(self._level.get(id(x), -1) for x in (q, k, v))
         parts = self._parts_at(level, cache, group)
-        launch = attention.attend(q, k, v, cache, layer, self.position, parts, out, scale, turned, norms)
-        self._add(launch, (q, k, v), (out,))
+
+        def attend(to: Inputs | None, out: Array | None) -> Launch:
+            return attention.attend(q, k, v, cache, layer, self.position, parts, out, scale, turned, norms, to)
+
+        if self.ops.fused and parts.whole_chunks and any(map(self._takes_bytes, node.readers)):
+            self._emit_inputs(node, (q, k, v), None, attend)
+        else:
+            out = self._new(node)
+            self._add(attend(None, out), (q, k, v), (out,))
         if self.ops.prefetched:
             matrices = [reader.args[0] for reader in node.readers if reader.kind == "matmul"]
             self.levels[level] += [x.prefetch(self.ops.prefetched, self.ops.device.n_sm) for x in matrices]

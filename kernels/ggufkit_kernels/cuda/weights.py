@@ -197,6 +197,11 @@ class CudaWeight:
         return not self.layout.is_plain
 
     @property
+    def unpacked_dtype(self) -> type[np.float16 | np.float32]:
+        """What `unpack` makes: halves, but of F32 weights, which those would round."""
+        return np.float32 if self.layout.values == "f32" else np.float16
+
+    @property
     def warps(self) -> int:
         """Of a block of a matvec: the same for all numbers of tokens, so that sums have one order."""
         most = most_warps(self.layout)
@@ -275,8 +280,9 @@ class CudaWeight:
         return PREFETCH.kernel("prefetch"), (n_sm,), 128, self.codes, lines
 
     def unpack(self, first: int, last: int, out: Array) -> Launch:
-        """Rows first … last - 1 as float16, row-major: out (at least last - first, cols). `first` is a multiple of the
-        strip's rows; `last` is too, or the number of all rows. Finite weights beyond 65,504 become that."""
+        """Rows first … last - 1 as `unpacked_dtype`, row-major: out (at least last - first, cols). `first` is a
+        multiple of the strip's rows; `last` is too, or the number of all rows. Finite weights beyond float16's 65,504
+        become that."""
         rows, cols = self.shape
         assert first % LANES == 0 and first < last <= rows and (last % LANES == 0 or last == rows)
         strips = -(-(last - first) // LANES)
