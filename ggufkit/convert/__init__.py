@@ -112,6 +112,7 @@ def convert(
         if plan:
             return report
         gguf.check_target(target, planned.nbytes, overwrite)
+        _check_source(job, target)
         if started is not None:
             started(report)
         errors = _write(made.tensors, planned, target, overwrite, threads, progress, matrix, ternary, measure, encoder)
@@ -183,6 +184,13 @@ def _target(output: str | os.PathLike[str] | None, name: str, file_type: FileTyp
         return Path(default)
     path = Path(output)
     return path / default if path.is_dir() else path
+
+
+def _check_source(job: Job, target: Path) -> None:
+    """Raise UsageError where the new file would take the place of one that it is made from."""
+    sources = {each.tensor.source.path for each in job.inputs if each.tensor is not None}
+    if target.exists() and any(target.samefile(path) for path in sources):
+        raise UsageError(f"{target}: is what the file is made from; give -o another name")
 
 
 # -- which types -----------------------------------------------------------------------------------
