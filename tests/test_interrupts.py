@@ -7,12 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import tiny_models
 from command_line import MAIN, environment, ggufkit, start
+from ggufkit_kernels.cpu.apart import apart
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="POSIX signals")
 
@@ -79,6 +81,34 @@ def run(code: str, *args: object, cache: Path) -> str:
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+def test_apart():
+    """Work of the main thread is done in another one, of another thread in that; what it raises comes back."""
+    assert apart(threading.get_ident) != threading.get_ident()
+    assert apart(lambda: apart(threading.get_ident) == threading.get_ident())
+    with pytest.raises(ZeroDivisionError):
+        apart(lambda: 1 / 0)
+
+
+def test_an_interrupted_wait_leaves_the_work_to_its_end():
+    begun, go, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        go.wait(20)
+        ended.set()
+
+    def interrupt() -> None:
+        begun.wait(20)
+        signal.raise_signal(signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        apart(work)
+    assert begun.is_set() and not ended.is_set()
+    go.set()
+    assert ended.wait(20) and apart(lambda: 1) == 1
 
 
 def test_the_main_thread_never_has_llvmlites_lock(tmp_path):

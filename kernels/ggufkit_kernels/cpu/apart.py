@@ -16,7 +16,7 @@ import atexit
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 PATIENCE = 5.0  # seconds: longer than any kernel takes to compile
@@ -53,15 +53,17 @@ def apart(work: Callable[[], T]) -> T:
     """What `work` returns or raises; it is done in another thread if this is the main one."""
     if threading.current_thread() is not threading.main_thread():
         return work()
-    done, result, begin = Done(), [], [True]
+    done, begin = Done(), [True]
+    result: list[T] = []
+    errors: list[BaseException] = []
 
     def run() -> None:
         if not taken(begin):
             return
         try:
-            result.append((work(), None))
+            result.append(work())
         except BaseException as error:
-            result.append((None, error))
+            errors.append(error)
         finally:
             _at_work.discard(done)
             done.set()
@@ -74,10 +76,9 @@ def apart(work: Callable[[], T]) -> T:
             _at_work.discard(done)
         raise
     done.wait()
-    found: tuple[Any, BaseException | None] = result[0]
-    if found[1] is not None:
-        raise found[1]
-    return found[0]
+    if errors:
+        raise errors.pop()
+    return result.pop()
 
 
 def taken(token: list[bool]) -> bool:
