@@ -11,7 +11,7 @@
    definition on every hard row: one type for each of their files, or those that `--encoders` names.
 4. `--tests`: pytest with these arguments instead of 2 and 3; `--encoders` with types: 3 alone.
 
-Needs qemu-user-static, apt-get, dpkg-deb and pip, and the network. It takes about ten minutes: Numba compiles ten
+Needs qemu-user-static, apt-get, dpkg-deb and pip, and the network. It takes about twenty minutes: Numba compiles ten
 times as slowly there. Status 0 if all went well.
 """
 
