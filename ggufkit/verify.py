@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from ggufkit_formats import gguf
 from ggufkit_formats.blocks import UnknownType
-from ggufkit_formats.errors import FormatError, GgufkitError, UnsupportedError
+from ggufkit_formats.errors import FormatError, UnsupportedError
 from ggufkit_formats.tensor import Tensor
 
 from .compare import Distance, Summed
@@ -48,7 +48,7 @@ def verify(
     """
     found = Findings()
     if not Path(path).is_file():
-        raise GgufkitError(f"{path}: no such file")
+        gguf.open(path)  # raises: no file, a folder, a device
     try:
         file = gguf.open(path)
     except FormatError as error:

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 # The terminal that stdin is becomes the controlling one, so that Ctrl-C typed there is a signal.
-MAIN = "from ggufkit.cli import main; main()"
+MAIN = "from ggufkit.__main__ import main; main()"
 ON_TERMINAL = f"import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); {MAIN}"
 
 

@@ -136,6 +136,12 @@ def test_targets(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(source, "x.gguf exists already")
     assert (out / "x.gguf").read_text() == "precious"
     convert(source, "q4_k", out / "x.gguf", overwrite=True)
+    before = (out / "x.gguf").read_bytes()
+    (out / "link.gguf").symlink_to("x.gguf")
+    for name in ("x.gguf", "link.gguf"):
+        with pytest.raises(ggufkit.UsageError, match="is what the file is made from"):
+            convert(out / "x.gguf", "q8_0", out / name, overwrite=True, allow_requantize=True)
+    assert (out / "x.gguf").read_bytes() == before
     assert (out / "x.gguf").read_bytes()[:4] == b"GGUF"
     with pytest.raises(ggufkit.GgufkitError, match="there is no folder"):
         convert(source, "q4_k", out / "no" / "x.gguf")

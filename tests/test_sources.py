@@ -405,3 +405,18 @@ def test_importing_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_fetches_leaves_no_temporary_files(fake, tmp_path, monkeypatch):
+    """pip and uv do where they are killed, as after Ctrl-C. (A stand-in plays uv, and leaves one.)"""
+    find = default.importlib.util.find_spec
+    monkeypatch.setattr(default.importlib.util, "find_spec", lambda n, *a: None if n == "pip" else find(n, *a))
+    uv, temporary = tmp_path / "uv", tmp_path / "temporary"
+    temporary.mkdir()
+    uv.write_text(f"#!{sys.executable}\nimport sys, tempfile\ntempfile.mkdtemp()\nsys.exit('error: killed')\n")
+    uv.chmod(0o755)
+    monkeypatch.setattr(default.shutil, "which", lambda name: str(uv))
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    with pytest.raises(GgufkitError, match="killed"):
+        sources.model(None)
+    assert not [*temporary.iterdir(), *default.cache_folder().iterdir()]

@@ -94,6 +94,8 @@ def test_another_source(file: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     with pytest.raises(ggufkit.GgufkitError, match="no such file"):
         verify(tmp_path / "none.gguf")
+    with pytest.raises(ggufkit.GgufkitError, match="is a folder, not a file"):
+        verify(tmp_path)
 
 
 def test_command(file: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def command(*words, **environment):
 
 
 def test_compiles_once_and_says_where(tmp_path):
-    words = ["warmup", "--types", "q8_0", "--no-encoders", "--json"]
+    words = ["warmup", "--type", "q8_0", "--no-encoders", "--json"]
     first = command(*words, GGUFKIT_CACHE_DIR=str(tmp_path))
     assert first.returncode == 0, first.stderr
     told = json.loads(first.stdout)
@@ -38,7 +38,12 @@ def test_compiles_once_and_says_where(tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "status", "message"),
-    [(["--types", "q9_9"], 2, "q9_9"), (["--types", ","], 2, "names no type"), (["missing.gguf"], 1, "missing.gguf")],
+    [
+        (["--types", "q9_9"], 2, "q9_9"),
+        (["--type", "q8_0", "--type", "q9"], 2, "q9"),
+        (["--types", ","], 2, "names no type"),
+        (["missing.gguf"], 1, "missing.gguf"),
+    ],
 )
 def test_wrong_use_is_one_line(words, status, message):
     done = command("warmup", *words)

@@ -6,12 +6,13 @@ import contextlib
 import gc
 import importlib
 import os
-import signal
 import sys
 from typing import Any, NoReturn
 
 import click
 from ggufkit_formats.errors import UsageError
+
+from . import interrupts
 
 # name -> one line of help, shown without importing the command's file
 COMMANDS = {
@@ -75,8 +76,6 @@ def main(args: list[str] | None = None) -> NoReturn:
     # No command computes with BLAS, whose threads cost each start 60 ms of processor time and each process memory.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     gc.set_threshold(50_000, 20, 20)  # hundreds of thousands of strings and pairs of a vocabulary are no garbage
-    if hasattr(signal, "SIGTERM"):
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever called
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123
@@ -84,13 +83,17 @@ def main(args: list[str] | None = None) -> NoReturn:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     status = _run(args)
+    interrupts.done()
     _let_go(sys.stdout)
     _let_go(sys.stderr)
+    if status in (130, 143):
+        interrupts.leave(status)
     sys.exit(status)
 
 
 def _run(args: list[str] | None) -> int:
     try:
+        interrupts.obey()
         result = group.main(args, prog_name="ggufkit", standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
@@ -105,6 +108,8 @@ def _run(args: list[str] | None) -> int:
         return _fail(error.format_message().rstrip(".") + hint, 2)
     except KeyboardInterrupt:
         return 130
+    except SystemExit as exit:  # SIGTERM
+        return exit.code if isinstance(exit.code, int) else 1
     except click.Abort as error:  # click's word for Ctrl-C, and for an EOFError, which is none of the user's
         return 130 if not isinstance(error.__cause__, EOFError) else _fail(error.__cause__, 1)
     except BrokenPipeError:

@@ -18,10 +18,11 @@ TYPES = "q4_0,q8_0,q4_k,q5_k,q6_k,f16,bf16,f32"  # what the usual file types are
 
 @click.command(name="warmup", short_help="Compile kernels before they are needed.")
 @click.argument("models", nargs=-1, metavar="[MODEL.gguf]...")
-@click.option("--types", metavar="TYPES", help=f"Tensor types, separated by commas. Default: {TYPES}.")
+@click.option("--type", "--types", "types", multiple=True, metavar="TYPE",
+              help=f"A tensor type, or several with commas between; repeatable. Default: {TYPES}.")  # fmt: skip
 @click.option("--encoders/--no-encoders", default=True, show_default=True, help="Those that convert uses, too.")
 @screen.json_option
-def command(models: tuple[str, ...], types: str | None, encoders: bool, as_json: bool) -> None:
+def command(models: tuple[str, ...], types: tuple[str, ...], encoders: bool, as_json: bool) -> None:
     """Compile the kernels for MODELs, or for tensor types, into the cache; later runs only load them."""
     from ggufkit_formats.blocks import ScaledType
 
@@ -59,7 +60,7 @@ def command(models: tuple[str, ...], types: str | None, encoders: bool, as_json:
     return None
 
 
-def _types(models: tuple[str, ...], types: str | None) -> list[Any]:
+def _types(models: tuple[str, ...], types: tuple[str, ...]) -> list[Any]:
     """The tensor types of the models' matrices, or those that are named; a ScaledType where there are scales."""
     from ggufkit_formats import gguf
     from ggufkit_formats.blocks import ScaledType, find
@@ -75,14 +76,14 @@ def _types(models: tuple[str, ...], types: str | None) -> list[Any]:
             kinds = {tensor.type for tensor in file.tensors.values() if len(tensor.shape) > 1}
             kinds |= {kind for each in matrix_types(file.tensors) for kind in each if isinstance(kind, ScaledType)}
             found |= {kind.name: kind for kind in kinds if not isinstance(kind, UnknownType)}
-    if types is not None or not models:
-        names = [name.strip() for name in (TYPES if types is None else types).split(",") if name.strip()]
+    if types or not models:
+        names = [name.strip() for name in ",".join(types or (TYPES,)).split(",") if name.strip()]
         if not names:
-            raise UsageError("--types names no type")
+            raise UsageError("--type names no type")
         try:
             found |= {kind.name: kind for kind in map(find, names)}
         except UnsupportedError as error:
-            raise UsageError(f"--types: {error}") from None
+            raise UsageError(f"--type: {error}") from None
         scaled = [ScaledType(kind, 1.0) for name, kind in found.items() if name in ternary.TYPES]
         found |= {kind.name: kind for kind in scaled}  # files of BitNet have a scale beside each matrix
     return sorted(found.values(), key=lambda kind: kind.name)

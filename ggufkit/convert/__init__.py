@@ -16,6 +16,7 @@ from ggufkit_formats import blocks, gguf
 from ggufkit_formats.blocks import TensorType
 from ggufkit_formats.blocks.base import UnknownType
 from ggufkit_formats.errors import FormatError, GgufkitError, UnsupportedError, UsageError
+from ggufkit_formats.source import FileSource
 
 from ..compare import Summed
 from ..quantize import file_types
@@ -112,6 +113,7 @@ def convert(
         if plan:
             return report
         gguf.check_target(target, planned.nbytes, overwrite)
+        _check_source(job, target)
         if started is not None:
             started(report)
         errors = _write(made.tensors, planned, target, overwrite, threads, progress, matrix, ternary, measure, encoder)
@@ -183,6 +185,14 @@ def _target(output: str | os.PathLike[str] | None, name: str, file_type: FileTyp
         return Path(default)
     path = Path(output)
     return path / default if path.is_dir() else path
+
+
+def _check_source(job: Job, target: Path) -> None:
+    """Raise UsageError where the new file would take the place of one that it is made from."""
+    sources = {each.tensor.source for each in job.inputs if each.tensor is not None}
+    files = [source.path for source in sources if isinstance(source, FileSource)]
+    if target.exists() and any(target.samefile(path) for path in files):
+        raise UsageError(f"{target}: is what the file is made from; give -o another name")
 
 
 # -- which types -----------------------------------------------------------------------------------

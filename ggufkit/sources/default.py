@@ -132,7 +132,8 @@ def _download(folder: Path, report: Callable[[int, int], None]) -> None:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
-            env={**os.environ, "PIP_QUIET": "0"},
+            # its temporary files go with the folder: killed, it leaves them
+            env={**os.environ, "PIP_QUIET": "0", **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))},
         )
         try:
             assert process.stdout is not None

@@ -1,14 +1,17 @@
 """Run the kernels on emulated ARM processors: qemu-user, with dot products of bytes and without.
 
     python tools/emulate/arm.py [--folder FOLDER] [--tests "tests/test_pack.py tests/test_ops.py -k …"]
+                                   [--encoders Q4_K,TQ2_0]
 
 1. A root with Debian's Python for arm64 and wheels for aarch64 is unpacked into FOLDER (150 MB; kept if named).
 2. For each of two processors (qemu's `max`, which has `sdot`, and a Cortex-A72, which has not), tests/simd_cases.py
    runs there: each result is compared with the definition, and those of the products bit for bit with what this
    machine computes for the same family of instructions. The assembly is read for `sdot`.
-3. `--tests`: pytest with these arguments instead of 2.
+3. tests/encode_cases.py: the encoders' bytes, with importance too where that is a kernel of its own, compared with the
+   definition on every hard row: one type for each of their files, or those that `--encoders` names.
+4. `--tests`: pytest with these arguments instead of 2 and 3; `--encoders` with types: 3 alone.
 
-Needs qemu-user-static, apt-get, dpkg-deb and pip, and the network. It takes about ten minutes: Numba compiles ten
+Needs qemu-user-static, apt-get, dpkg-deb and pip, and the network. It takes about twenty minutes: Numba compiles ten
 times as slowly there. Status 0 if all went well.
 """
 
@@ -28,6 +31,7 @@ import numpy as np
 HERE = Path(__file__).parent
 TOP = HERE.parents[1]
 PROCESSORS = {"max": "dotprod", "cortex-a72": "plain"}  # qemu's name, and the family that is to be taken
+ENCODERS = "Q4_1,Q5_0,Q4_K,Q6_K,Q3_K,IQ4_NL,IQ2_S,IQ1_S,TQ2_0,Q1_0,NVFP4,NF4"  # one or two of each file in cpu/encode
 PACKAGES = ["python3.11", "libstdc++6", "libgomp1"]
 WHEELS = [f"{name}=={version(name)}" for name in ("numpy", "numba", "llvmlite", "ml_dtypes", "platformdirs", "pytest")]
 WHEELS += ["pluggy", "iniconfig", "packaging", "pygments"]
@@ -105,10 +109,18 @@ def compare(folder: Path, cpu: str) -> bool:
     return not differ and said.startswith(f"{family}:") and ("sdot 0" in code) == (family == "plain")
 
 
+def encoders(folder: Path, cpu: str, types: str) -> bool:
+    """Whether the encoders give the definition's bytes, by the family that was meant; what differs ends the program."""
+    said = emulated(folder, cpu, "tests/encode_cases.py", *types.split(",")).split()
+    print(f"{cpu}: encoders of {types} as defined: {' '.join(said)} lanes", flush=True)
+    return said[:1] == [PROCESSORS[cpu]]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run kernels on emulated ARM processors.")
     parser.add_argument("--folder", type=Path, help="where the root lies, or is to be made; it stays")
     parser.add_argument("--tests", help="arguments of a pytest run instead of the compact set")
+    parser.add_argument("--encoders", metavar="TYPES", help="the encoders of these types instead of all else")
     parser.add_argument("--processor", choices=PROCESSORS, action="append", help="only this one")
     args = parser.parse_args()
     good = True
@@ -119,8 +131,10 @@ def main() -> int:
             if args.tests:
                 words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *args.tests.split()]
                 print(f"{cpu}:\n{emulated(folder, cpu, *words)}", flush=True)
-            else:
+                continue
+            if not args.encoders:
                 good &= compare(folder, cpu)
+            good &= encoders(folder, cpu, args.encoders or ENCODERS)
     return 0 if good else 1
 
 

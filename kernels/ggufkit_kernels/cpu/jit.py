@@ -23,6 +23,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from . import link, store
+from .apart import apart
 
 __all__ = ["Entry", "Later", "compiled", "family", "kernel", "lazy", "set_notice"]
 
@@ -43,7 +44,7 @@ class Kernel(Later):
 
     def __init__(self, function: Callable, options: dict[str, Any]):
         super().__init__(self._for_kernels)
-        self.function, self.options = function, options
+        self.function, self.options, self._called = function, options, False
         self.__doc__, self.__name__ = function.__doc__, function.__name__
 
     def _for_kernels(self) -> Any:
@@ -59,7 +60,11 @@ class Kernel(Later):
         return compiler.dispatcher(self.function, self.options)
 
     def __call__(self, *args: Any) -> Any:
-        return self.dispatcher(*args)
+        if self._called:
+            return self.dispatcher(*args)
+        result = apart(lambda: self.dispatcher(*args))  # compiled by its first call
+        self._called = True
+        return result
 
 
 def kernel(function: Callable | None = None, **options: Any) -> Any:
@@ -82,7 +87,7 @@ class Entry:
     @property
     def address(self) -> int:
         """Where the machine code is."""
-        return self._address or self._ready()
+        return self._address or apart(self._ready)
 
     @cached_property
     def function(self) -> Callable[[int, int, int], None]:

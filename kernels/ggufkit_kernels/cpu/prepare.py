@@ -20,6 +20,7 @@ from ggufkit_formats.blocks import TensorType
 from ggufkit_formats.blocks.iq import GridType
 
 from . import attention, elementwise, jit, pack_fast, pack_grid, sample, store, team
+from .apart import PATIENCE, Done
 from .inputs import PLAIN_TOKENS, interleave_inputs
 from .jit import Entry, Family
 from .matmul import TOKENS, matmul_kernel, prep_kernel
@@ -103,9 +104,6 @@ def named(name: str) -> Entry:
 # -- made ready --------------------------------------------------------------------------------------------
 
 
-PATIENCE = 5.0  # seconds: longer than any kernel takes to compile
-
-
 class Preparation:
     """Kernels that are being made ready in the background. `missing` of them were not on disk: without any, there is
     only linking to do, which begins with `start`.
@@ -121,6 +119,7 @@ class Preparation:
         if self.missing and progress is None:
             jit.announce()
         self._thread = threading.Thread(target=self._work, name="ggufkit-prepare", daemon=True)
+        self._done = Done()
         atexit.register(self.stop)  # LLVM must not be at work when the process ends
         if self.missing:  # what only has to be linked waits until packing needs the processors no more
             self.start()
@@ -132,19 +131,16 @@ class Preparation:
 
     def wait(self) -> None:
         """Wait for the end; Ctrl-C is heard meanwhile."""
-        while self._thread.is_alive():
-            self._thread.join(0.2)
+        if self._thread.ident is not None:
+            self._done.wait()
 
     def stop(self) -> None:
-        """Give up, after the kernel that is being compiled now.
-
-        Not without end: Ctrl-C may have interrupted this thread with llvmlite's lock in hand, for good.
-        """
+        """Give up, after the kernel that is being compiled now."""
         self._stop = True
         for other in self._others:
             other.terminate()
         if self._thread.ident is not None:
-            self._thread.join(PATIENCE)
+            self._done.wait(PATIENCE)
 
     def _work(self) -> None:
         said = jit.set_notice(None) if self.missing and self._progress is not None else None
@@ -169,6 +165,7 @@ class Preparation:
             if said is not None:
                 jit.set_notice(said)
             atexit.unregister(self.stop)
+            self._done.set()
 
     def _report(self) -> None:
         done = sum(entry.here for entry in self.missing)
@@ -217,6 +214,12 @@ def _start(names: Sequence[str]) -> subprocess.Popen[bytes]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+
+
+def end_others() -> None:
+    """End the processes that compile for this one."""
+    for other in _running:
+        other.terminate()
 
 
 def work() -> None:

@@ -27,6 +27,7 @@ from pathlib import Path
 import platformdirs
 
 from . import link
+from .apart import apart
 
 try:
     import fcntl
@@ -52,7 +53,7 @@ def digest() -> str:
     here = Path(__file__).parent
     for path in sorted(here.rglob("*.py")):
         add(str(path.relative_to(here)), path.read_bytes())
-    add(_numba_version(), sys.version, *link.host())
+    add(_numba_version(), sys.version, *apart(link.host))
     for key in sorted(os.environ):
         if key == "GGUFKIT_SIMD" or (key.startswith("NUMBA_") and key not in IRRELEVANT):
             add(key, os.environ[key])

@@ -51,6 +51,7 @@ from .layout import (
     load_columns,
     nearest,
     pack_pairs,
+    pack_six_bits,
     pack_third_bits,
 )
 from .signed import INFINITY, SMALLEST, largest_scale, low_byte, preparation, quotient
@@ -119,20 +120,12 @@ def q3_scales(s, out):
     h = halves(choose(some, ONE / inverse, ZERO))
     scatter(out + 108, 110, h)
     d = half_floats(h)
-    first = second = third = repeat(0, LANES)
     for g in range(16):
         scale = low_byte(nearest(inverse * load_floats(s + SCALES + g * ROW, LANES)))
         scale = choose(some, between(scale, -32, 31) + 32, 0)
         store_vector(s + GROUP_D + g * ROW, d * as_float(scale - 32))
-        low = (scale & 15) << (8 * (g % 4) + 4 * (g // 8))
-        if g % 8 < 4:
-            first = first | low
-        else:
-            second = second | low
-        third = third | ((scale >> 4) << (8 * (g % 4) + 2 * (g // 4)))
-    scatter(out + 96, 110, first)
-    scatter(out + 100, 110, second)
-    scatter(out + 104, 110, third)
+        store_vector(s + SCALES + g * ROW, scale)
+    pack_six_bits(s + SCALES, out + 96, 110)
     return extended(h) & 0x7FFF
 
 

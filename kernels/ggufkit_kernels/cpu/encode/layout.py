@@ -121,3 +121,20 @@ def pack_word(codes, out, stride):
     for j in range(32):
         word = word | (((load_words(codes + j * ROW, LANES) >> 4) & 1) << j)
     scatter(out, stride, word)
+
+
+@kernel
+def pack_six_bits(codes, out, stride):
+    """16 codes of 6 bits -> 12 bytes a block, `stride` apart: the low nibbles of 0-7 and 8-15, then all upper bits."""
+    first = second = third = repeat(0, LANES)
+    for g in range(16):
+        code = load_words(codes + g * ROW, LANES)
+        low = (code & 15) << (8 * (g % 4) + 4 * (g // 8))
+        if g % 8 < 4:
+            first = first | low
+        else:
+            second = second | low
+        third = third | ((code >> 4) << (8 * (g % 4) + 2 * (g // 4)))
+    scatter(out, stride, first)
+    scatter(out + 4, stride, second)
+    scatter(out + 8, stride, third)

@@ -20,6 +20,7 @@ from typing import Any
 from ggufkit_formats.errors import UsageError
 
 from .. import store
+from ..apart import apart
 
 # What a processor's name alone implies, for NUMBA_CPU_NAME without features.
 _AVX2 = frozenset(("avx2", "f16c"))
@@ -72,8 +73,10 @@ def allow_dotprod(builder: Any) -> None:
 def compiled_features() -> frozenset[str]:
     """The instruction sets among KNOWN that Numba compiles for (not: that the processor has)."""
     kept = store.read("features")  # what Numba said, in the folder that all its settings are in the name of
-    if kept is not None:
-        return frozenset(kept.decode().split())
+    return frozenset(kept.decode().split()) if kept is not None else apart(_ask_numba)
+
+
+def _ask_numba() -> frozenset[str]:
     from numba.core import config
     from numba.core.registry import cpu_target
 
