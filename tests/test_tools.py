@@ -361,6 +361,8 @@ def test_speeds_are_drawn(tmp_path: Path):
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     absent = subprocess.run([*command, str(tmp_path / "c.svg"), str(said), "--peer", "xllamacpp"], capture_output=True)
     assert absent.returncode == 2 and b"beside xllamacpp" in absent.stderr and not (tmp_path / "c.svg").exists()
+
+
 STEPS = """
 import json, os, pathlib, sys, time
 out, steps, done = pathlib.Path(sys.argv[2]), sys.argv[3:], {}
