@@ -340,6 +340,8 @@ def test_part_of_the_layers(path, on_device, n):
     assert distance(both.forward([5], ours), cpu.forward([5], theirs)) < 5e-2
     last = both.forward(ids[:3], ours, first=2)
     assert last.shape == (1, cpu.config.n_vocab) and distance(last, cpu.forward(ids[:3], theirs, first=2)) < 5e-2
+    which, values = both.top(last, 5)
+    assert which.tolist() == np.argsort(-last[0], kind="stable")[:5].tolist() and np.array_equal(values, last[0, which])
 
 
 def test_as_many_layers_as_fit(tmp_path, device, monkeypatch):

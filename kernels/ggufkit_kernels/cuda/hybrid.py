@@ -214,7 +214,7 @@ class HybridOps:
         self.cpu, self.gpu = cpu, gpu
         self.n_layers, self.n_gpu_layers, self.cpu_layers = n_layers, n_gpu_layers, n_layers - n_gpu_layers
         self.threads = cpu.threads
-        self.most_top = 0  # the output is the CPU's
+        self.most_top = getattr(cpu, "most_top", 0)  # the output is the CPU's
         self._parts: dict[Callable, list[Part]] = {}
 
     def home(self, name: str) -> Any:
@@ -276,3 +276,7 @@ class HybridOps:
     def to_numpy(self, x: Any) -> np.ndarray:
         """The values on the host."""
         return x if isinstance(x, np.ndarray) else self.gpu.to_numpy(x)
+
+    def top(self, logits: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k largest of logits (1, n_vocab), by the CPU; see `CpuOps.top`."""
+        return self.cpu.top(self.to_numpy(logits), k)
