@@ -16,6 +16,8 @@ import tiny_models
 from command_line import MAIN, environment, ggufkit, start
 from ggufkit_kernels.cpu.apart import apart
 
+from ggufkit import cli
+
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="POSIX signals")
 
 # How often a thread took llvmlite's lock: the main one, and all others.
@@ -180,6 +182,24 @@ def test_ctrl_c_that_is_ignored_stays_ignored(tmp_path):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and out and b"Interrupt" not in err
+
+
+def test_a_program_that_calls_the_command_keeps_its_signals(capsys, monkeypatch):
+    def found() -> tuple:
+        return signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), sys.unraisablehook
+
+    before = found()
+    with pytest.raises(SystemExit, match=r"^0$"):
+        cli.main(["types"])
+    assert found() == before and "Q4_K" in capsys.readouterr().out
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.group, "main", interrupt)
+    with pytest.raises(SystemExit, match=r"^130$"):
+        cli.main(["types"])
+    assert found() == before
 
 
 def test_the_command_is_quiet_from_its_first_moment_on():

@@ -72,7 +72,11 @@ def group() -> None:
 
 
 def main(args: list[str] | None = None) -> NoReturn:
-    """Entry point of the `ggufkit` command: every failure is one line on stderr and an exit status."""
+    """Entry point of the `ggufkit` command: every failure is one line on stderr and an exit status.
+
+    A program that calls it with `args` keeps its own handlers of signals, and is not ended but by SystemExit.
+    """
+    is_command = args is None
     # No command computes with BLAS, whose threads cost each start 60 ms of processor time and each process memory.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     gc.set_threshold(50_000, 20, 20)  # hundreds of thousands of strings and pairs of a vocabulary are no garbage
@@ -83,17 +87,19 @@ def main(args: list[str] | None = None) -> NoReturn:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     status = _run(args)
-    interrupts.done()
+    if is_command:
+        interrupts.done()
     _let_go(sys.stdout)
     _let_go(sys.stderr)
-    if status in (130, 143):
+    if is_command and status in (130, 143):
         interrupts.leave(status)
     sys.exit(status)
 
 
 def _run(args: list[str] | None) -> int:
     try:
-        interrupts.obey()
+        if args is None:
+            interrupts.obey()
         result = group.main(args, prog_name="ggufkit", standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
