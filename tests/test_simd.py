@@ -67,7 +67,7 @@ def test_a_family_computes_what_is_defined(family: str, results_of) -> None:
 
 def test_sixteen_lanes_beside_the_products(results_of) -> None:
     """Attention, norms and the rest know the width alone: of the families with 16 lanes, one is run."""
-    assert len(results_of("avx512vnni", "attention", "others")) == 11
+    assert len(results_of("avx512vnni", "attention", "others")) == 12
 
 
 def test_families_of_one_arithmetic_agree(results_of) -> None:
