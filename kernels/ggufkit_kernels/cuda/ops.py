@@ -8,7 +8,7 @@ for (`to_numpy`, `top`). One CudaOps is for one thread at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -195,19 +195,14 @@ class CudaOps:
     def _gemm(self, weight: CudaWeight, x: Array, bias: Array | None, out: Array) -> None:
         """By cuBLAS on weights unpacked to halves, some rows at a time. Inputs of weights that are plain numbers go as
         two halves, whose sum has 22 bits: nothing else rounds these weights' inputs."""
-        (rows, cols), n = weight.shape, x.shape[0]
+        n, cols = x.shape
         high, factors = self.scratch("halves", (n, cols), np.float16), self.scratch("factors", (n,), np.float32)
         launches.halves(self.device, x, high, factors)
         low = None if weight.takes_bytes else self.scratch("low", (n, cols), np.float16)
         if low is not None:
             grid = (-(-cols // 1024), n)
             self.device.launch(attention.PROMPT.kernel("low_halves"), grid, 256, x, high, factors, low, cols)
-        step = max(1, SLAB_NBYTES // (2 * cols * LANES)) * LANES
-        slab = self.scratch("slab", (min(step, rows), cols), np.float16)
-        for first in range(0, rows, step):
-            last = min(rows, first + step)
-            part = slab[: last - first]
-            self.device.launch(*weight.unpack(first, last, part))
+        for first, last, part in self._unpacked(weight, np.float16):
             self.device.gemm(high, part, out[:, first:last])
             if low is not None:
                 self.device.gemm(low, part, out[:, first:last], beta=1.0)
@@ -215,16 +210,21 @@ class CudaOps:
 
     def _gemm_f32(self, weight: CudaWeight, x: Array, bias: Array | None, out: Array) -> None:
         """By cuBLAS in float32, some rows at a time, which are only brought into order."""
+        for first, last, part in self._unpacked(weight, np.float32):
+            self.device.gemm(x, part, out[:, first:last])
+        if bias is not None:
+            launches.add_rows(self.device, out, bias, None)
+
+    def _unpacked(self, weight: CudaWeight, dtype: Any) -> Iterator[tuple[int, int, Array]]:
+        """A weight's rows, unpacked some at a time into the same memory: the first, the end, and their values."""
         rows, cols = weight.shape
-        step = max(1, SLAB_NBYTES // (4 * cols * LANES)) * LANES
-        slab = self.scratch("slab", (min(step, rows), cols), np.float32)
+        step = max(1, SLAB_NBYTES // (np.dtype(dtype).itemsize * cols * LANES)) * LANES
+        slab = self.scratch("slab", (min(step, rows), cols), dtype)
         for first in range(0, rows, step):
             last = min(rows, first + step)
             part = slab[: last - first]
             self.device.launch(*weight.unpack(first, last, part))
-            self.device.gemm(x, part, out[:, first:last])
-        if bias is not None:
-            launches.add_rows(self.device, out, bias, None)
+            yield first, last, part
 
     # -- the rest ------------------------------------------------------------------------------------
 
