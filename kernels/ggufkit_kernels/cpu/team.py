@@ -48,8 +48,9 @@ from .simd import (
 )
 
 # The mailbox: int64 words. At byte 0 the ticket (counter of kernels << 32 | next item), then the kernel's function, its
-# args, number of items and what is read next: one line of the cache, which a worker gets at once. At 64 the items done.
-MAIL_WORDS = 9
+# args, number of items and what is read next: one line of the cache, which a worker gets at once. At 64 the items done,
+# in a line of which nobody else has a part.
+MAIL_WORDS = 16
 LOW = 0xFFFFFFFF  # as the next item: closed, nothing to take
 SPINS = 20_000  # rounds without work, ~40 ns each, before a worker sleeps
 AHEAD_NBYTES = 48 << 10  # a thread's share of what is read next
