@@ -251,6 +251,7 @@ __device__ __forceinline__ void tile_softmax(float (*scores)[GROUP], int count, 
             total += e;
         }
         total = warp_sum(total);
+        __syncwarp();  // all have read the maximum
         if (lane == 0) {
             const float factor = exp2f(before - top);
             maxima[g] = top, factors[g] = factor, sums[g] = sums[g] * factor + total;
@@ -371,12 +372,14 @@ attend(const float* q, const float* k, const float* v, const float* q_norm, cons
         if (tid < GROUP) {
             part[GROUP * HEAD_DIM + 2 * tid] = maxima[tid], part[GROUP * HEAD_DIM + 2 * tid + 1] = sums[tid];
         }
-        __threadfence();
         __syncthreads();
-        if (tid == 0) last = atomicAdd(tickets + head, 1) == active - 1;
+        if (tid == 0) {  // one thread's fences serve all: what came before a barrier comes along
+            __threadfence();
+            last = atomicAdd(tickets + head, 1) == active - 1;
+            __threadfence();
+        }
         __syncthreads();
         if (!last) return;  // all threads of the block
-        __threadfence();
         join(parts + (size_t)head * gridDim.y * PART, active, scores, factors, made);
         if (tid == 0) tickets[head] = 0;
     }
