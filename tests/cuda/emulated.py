@@ -5,148 +5,29 @@ a real device would take in silence is an error: a missing argument, one of anot
 aligned as its type, arrays of another device. New memory is full of NaN patterns.
 
 Settings, as words in $GGUFKIT_EMULATED: `reversed` (threads, blocks and launches of one level in reversed order),
-`sanitize` (compiled with the address and undefined-behaviour sanitizers; the process needs libasan preloaded), and
-`ucontext` (fibers by the C library, as on processors other than x86-64).
+`sanitize` (compiled with the address and undefined-behaviour sanitizers; the process needs libasan preloaded),
+`ucontext` (fibers by the C library, as on processors other than x86-64), and `ptx` (from what nvrtc makes of the source
+for the device's compute capability, see ptx.py, every access to memory watched by checker.cpp; `sm_75`: for that one).
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import functools
-import hashlib
-import math
-import mmap
 import os
 import re
-import shutil
-import subprocess
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from building import COMPILER, SANITIZED, STACK_BYTES, WORDS, checker, entry_of, library_path, stacks
 from ggufkit_formats.errors import DeviceError, DeviceMemoryError
-from ggufkit_kernels.cpu import store
-from ggufkit_kernels.cuda import loader
 from ggufkit_kernels.cuda.loader import Kernel, Module
 
-SHIM = [Path(__file__).with_name(name) for name in ("shim.h", "instructions.h", "matrices.h")]
-WORDS = os.environ.get("GGUFKIT_EMULATED", "").split()
-SANITIZED = "sanitize" in WORDS
-COMPILER = shutil.which("g++")
-FLAGS = ["-std=c++17", "-g1", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fvisibility=hidden"]
-FLAGS += ["-fno-gnu-unique", "-fPIC", "-shared", "-Werror=uninitialized", "-Werror=return-type"]
-if SANITIZED:
-    FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
-    FLAGS += ["-fsanitize-sections=shared_memory"]
-if "ucontext" in WORDS:
-    FLAGS += ["-DSHIM_UCONTEXT"]
-THREADS, STACK_BYTES = 1024, (256 if SANITIZED else 64) * 1024
-UNUSED_SECONDS = 2 * 86400
-_BOUNDS = r'extern "C" __global__ void\s+__launch_bounds__\(([^,)]*)[^)]*\)\s+%s\s*\('
+__all__ = ["COMPILER", "SANITIZED", "STACK_BYTES", "EmulatedArray", "EmulatedDevice", "entry_of", "ran", "stacks"]
+ARCH = next((int(word[3:]) for word in WORDS if word.startswith("sm_")), 90)
 
 ran: set[tuple[str, str]] = set()  # (file, kernel) that any device of this process launched
-
-
-# -- compiling ---------------------------------------------------------------------------------------------
-
-
-def generated(module: Module) -> str:
-    """The C++ text of a module: shim, kernels, an entry point for each kernel."""
-    entries = "".join(f"SHIM_KERNEL({name})\n" for name in loader.kernel_names(module.file))
-    text = loader.source(module).replace("#pragma once", "")
-    return f'#include "shim.h"\nnamespace {{\n{text}\n}}\n{entries}'
-
-
-@functools.lru_cache(maxsize=1)
-def folder() -> Path:
-    """Where libraries are kept; those that nobody used for two days are removed."""
-    path = store.cache_root() / "emulated"
-    path.mkdir(parents=True, exist_ok=True)
-    for file in path.iterdir():
-        with contextlib.suppress(OSError):
-            if file.stat().st_mtime < time.time() - UNUSED_SECONDS:
-                file.unlink()
-    return path
-
-
-def library_path(module: Module) -> Path:
-    """The module's library, compiled now if it is not there."""
-    assert COMPILER is not None, "there is no g++"
-    text = generated(module)
-    digest = hashlib.sha256(
-        "\0".join([text, *(path.read_text() for path in SHIM), *FLAGS, COMPILER]).encode()
-    ).hexdigest()[:20]
-    stem = f"{Path(module.file).stem}-{digest}"
-    library = folder() / f"{stem}.so"
-    if library.exists():
-        os.utime(library)
-        return library
-    with store.claim(f"emulated-{stem}"):
-        if not library.exists():
-            source = folder() / f"{stem}.cpp"  # stays: reports of the sanitizer name its lines
-            source.write_text(text, encoding="utf-8")
-            part = folder() / f"{stem}.{os.getpid()}.part"
-            command = [COMPILER, *FLAGS, f"-I{SHIM[0].parent}", str(source), "-o", str(part)]
-            env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # of the sanitizer
-            done = subprocess.run(command, capture_output=True, text=True, env=env)
-            if done.returncode:
-                raise DeviceError(f"g++ refuses {module.file} with {dict(module.defines)}:\n{done.stderr[:4000]}")
-            part.replace(library)
-    return library
-
-
-class Entry:
-    """A kernel's entry points in its library."""
-
-    def __init__(self, kernel: Kernel):
-        library = _library(kernel.module)
-        signature = getattr(library, f"signature_{kernel.name}")
-        signature.restype = ctypes.c_char_p
-        self.parameters: list[str] = signature().decode().split()
-        self.launch = getattr(library, f"launch_{kernel.name}")
-        self.launch.restype = ctypes.c_char_p
-        self.launch.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-        self.launch.argtypes += [ctypes.c_int]
-        self.most = _most_threads(kernel)
-
-
-def _most_threads(kernel: Kernel) -> int:
-    """What the kernel's __launch_bounds__ says; products of numbers and macros, those of the source too."""
-    source = loader.source(kernel.module)
-    bounds = re.search(_BOUNDS % kernel.name, source)
-    if bounds is None:
-        return THREADS
-    macros = dict(re.findall(r"^#define (\w+) (.+?)\s*(?://.*)?$", source, re.MULTILINE))
-
-    def value(text: str) -> int:
-        factors = (factor.strip() for factor in text.strip("() ").split("*"))
-        return math.prod(value(macros[factor]) if factor in macros else int(factor) for factor in factors)
-
-    return value(bounds[1])
-
-
-@functools.cache
-def _library(module: Module) -> ctypes.CDLL:
-    return ctypes.CDLL(str(library_path(module)))
-
-
-@functools.cache
-def _entry(kernel: Kernel) -> Entry:
-    if kernel.name not in loader.kernel_names(kernel.module.file):
-        raise DeviceError(f"{kernel.module.file} has no kernel {kernel.name}")
-    return Entry(kernel)
-
-
-@functools.lru_cache(maxsize=1)
-def _stacks() -> tuple[mmap.mmap, int]:
-    """Stacks for the threads of a block, shared by all libraries, and their address."""
-    memory = mmap.mmap(-1, THREADS * STACK_BYTES)
-    return memory, ctypes.addressof(ctypes.c_char.from_buffer(memory))
-
 
 # -- memory ------------------------------------------------------------------------------------------------
 
@@ -163,6 +44,8 @@ class _Block:
         if _libc.posix_memalign(ctypes.byref(self.address), ctypes.c_size_t(256), ctypes.c_size_t(max(nbytes, 1))):
             raise MemoryError(nbytes)
         device.used += nbytes
+        if device.watch:
+            device.watch.checker_allocate(self.address.value, max(nbytes, 1))
         self.__array_interface__ = {
             "data": (self.address.value, False),
             "shape": (nbytes,),
@@ -173,6 +56,8 @@ class _Block:
     def __del__(self):
         if self.address.value:
             self.device.used -= self.nbytes
+            if self.device.watch:
+                self.device.watch.checker_free(self.address.value)
             _libc.free(self.address)
 
 
@@ -220,6 +105,7 @@ class EmulatedGraph:
     def launch(self) -> None:
         """Run all of it again: the launches of one level backwards where the order is reversed."""
         for level in self.levels:
+            self.device.begin_level()
             for bound in reversed(level) if self.device.reversed else level:
                 self.device.run(bound)
 
@@ -227,15 +113,18 @@ class EmulatedGraph:
 class EmulatedDevice:
     """A `Device` on the CPU, with `total` bytes of memory."""
 
-    def __init__(self, arch: int = 90, n_sm: int = 4, total: int = 1 << 33, reverse: bool | None = None):
+    def __init__(self, arch: int = ARCH, n_sm: int = 4, total: int = 1 << 33, reverse: bool | None = None,
+                 ptx: bool = "ptx" in WORDS):  # fmt: skip
         self.name, self.arch, self.n_sm = "emulated", arch, n_sm
+        self.ptx = arch if ptx else 0  # the compute capability whose PTX is run, or 0: the source is
+        self.watch = checker() if ptx else None
         self.total, self.used, self.launches = total, 0, 0
         self.reversed = "reversed" in WORDS if reverse is None else reverse
 
     def compile(self, modules: Iterable[Module], progress: Callable[[int, int], None] | None = None) -> None:
         wanted = list(dict.fromkeys(modules))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for k, _ in enumerate(pool.map(library_path, wanted)):
+            for k, _ in enumerate(pool.map(lambda module: library_path(module, self.ptx), wanted)):
                 if progress is not None:
                     progress(k + 1, len(wanted))
 
@@ -253,34 +142,59 @@ class EmulatedDevice:
     def zeros(self, shape: Sequence[int], dtype: Any) -> EmulatedArray:
         host = self._new(shape, dtype)
         host.fill(0)
-        return EmulatedArray(self, host)
+        return self._written(host)
 
     def upload(self, array: np.ndarray) -> EmulatedArray:
         host = self._new(array.shape, array.dtype)
         host[...] = array
-        return EmulatedArray(self, host)
+        return self._written(host)
+
+    def _written(self, host: np.ndarray) -> EmulatedArray:
+        made = EmulatedArray(self, host)
+        self._note(made)
+        return made
+
+    def _note(self, array: EmulatedArray) -> None:
+        """The host, or a library, has written an array, and all before that is done."""
+        self.begin_level()
+        if self.watch is None or not array.size:
+            return
+        pieces = [array.host]
+        while not pieces[0].flags.c_contiguous:  # rows of it, or rows of these
+            pieces = [part for piece in pieces for part in piece]
+        for piece in pieces:
+            self.watch.checker_written(piece.__array_interface__["data"][0], piece.nbytes)
+
+    def begin_level(self) -> None:
+        """What is launched from here on is ordered behind all before it, but not among itself."""
+        if self.watch:
+            self.watch.checker_level()
 
     def write(self, to: EmulatedArray, array: np.ndarray) -> None:
         assert isinstance(array, np.ndarray), type(array)
         assert (to.shape, to.dtype) == (array.shape, array.dtype), (to, array.shape, array.dtype)
         assert to.host.flags.c_contiguous
         to.host[...] = array
+        self._note(to)
 
     def copy(self, to: EmulatedArray, source: EmulatedArray) -> None:
         assert (to.shape, to.dtype) == (source.shape, source.dtype), (to, source)
         assert to.host.flags.c_contiguous and source.host.flags.c_contiguous
         to.host[...] = source.host
+        self._note(to)
 
     def download(self, array: EmulatedArray) -> np.ndarray:
         assert array.device is self
         return array.host.copy()
 
     def launch(self, kernel: Kernel, grid: tuple[int, ...], block: int, *args: Any) -> None:
-        self.run(self.bind(kernel, grid, block, *args))
+        bound = self.bind(kernel, grid, block, *args)
+        self.begin_level()
+        self.run(bound)
 
     def bind(self, kernel: Kernel, grid: tuple[int, ...], block: int, *args: Any) -> tuple:
         """A launch, checked and made ready for `run`."""
-        entry = _entry(kernel)
+        entry = entry_of(kernel, self.ptx)
         if not 1 <= len(grid) <= 3 or min(grid) < 1 or max(grid[1:], default=1) > 65535 or grid[0] > 2**31 - 1:
             raise ValueError(f"{kernel.name}: a grid of {grid}")
         if block % 32 or not 0 < block <= entry.most:
@@ -321,13 +235,18 @@ class EmulatedDevice:
         return ctypes.c_void_p(address)
 
     def run(self, bound: tuple) -> None:
-        """Run a launch that `bind` made."""
+        """Run a launch that `bind` made, in the level that was begun last."""
         kernel, entry, dims, block, pointers, _words, _args = bound
         ran.add((kernel.module.file, kernel.name))
         self.launches += 1
-        fault = entry.launch(dims, block, pointers, _stacks()[1], STACK_BYTES, self.reversed)
+        fault = entry.launch(dims, block, pointers, stacks()[1], STACK_BYTES, self.reversed)
         if fault:
-            raise DeviceError(f"{kernel.module.file}, {kernel.name}: {fault.decode()}")
+            said = fault.decode()
+            if self.ptx and (at := re.search(r"\(line ([1-9]\d*)", said)):
+                from ptx import place
+
+                said += f"; source {place(kernel.module, self.ptx, int(at[1]))}"
+            raise DeviceError(f"{kernel.module.file}, {kernel.name}: {said}")
 
     def gemm(
         self, x: EmulatedArray, w: EmulatedArray, out: EmulatedArray, beta: float = 0.0, transposed: bool = True
@@ -344,6 +263,7 @@ class EmulatedDevice:
         with np.errstate(all="ignore"):
             product = x.host.astype(np.float32) @ right
             out.host[...] = product if beta == 0.0 else product + np.float32(beta) * out.host
+        self._note(out)
 
     def capture(self, levels: Sequence[Sequence[tuple]]) -> EmulatedGraph:
         return EmulatedGraph(self, levels)

@@ -167,15 +167,11 @@ inline unsigned __funnelshift_l(unsigned lo, unsigned hi, unsigned n) {
 inline unsigned __funnelshift_r(unsigned lo, unsigned hi, unsigned n) {
     return (unsigned)(((uint64_t)hi << 32 | lo) >> (n & 31));
 }
-// Four bytes of the eight in y:x, chosen by the low four bits of each nibble; bit 3 spreads the byte's sign.
+// Four bytes of the eight in y:x, chosen by the low three bits of each nibble; the fourth is ignored.
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned s) {
     const uint64_t both = (uint64_t)y << 32 | x;
     unsigned out = 0;
-    for (int k = 0; k < 4; k++) {
-        unsigned byte = both >> 8 * (s >> 4 * k & 7) & 255;
-        if (s >> 4 * k & 8) byte = byte & 128 ? 255 : 0;
-        out |= byte << 8 * k;
-    }
+    for (int k = 0; k < 4; k++) out |= (unsigned)(both >> 8 * (s >> 4 * k & 7) & 255) << 8 * k;
     return out;
 }
 inline int __dp4a(int a, int b, int c) {

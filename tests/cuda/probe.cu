@@ -110,6 +110,44 @@ extern "C" __global__ void tickets(u32* ticket, int* order, u64* best, float* to
     __threadfence();
 }
 
+// Each block writes the numbers of its threads; the last one to be done sums up what all wrote, 32 threads a block.
+// kind 0: right; 1: no fence in front of the ticket; 2: none behind it; 3: each thread has its own, and not the one who
+// takes the ticket behind the barrier; 4: no barrier in front of the ticket.
+extern "C" __global__ void handed_over(u32* ticket, int* data, int* out, int kind) {
+    __shared__ int last;
+    data[blockIdx.x * 32 + threadIdx.x] = blockIdx.x + threadIdx.x;
+    if (kind == 3) __threadfence();
+    if (kind != 4) __syncthreads();
+    if (threadIdx.x == 0) {
+        if (kind != 1 && kind != 3) __threadfence();
+        last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+        if (kind != 2 && kind != 3) __threadfence();
+    }
+    __syncthreads();
+    if (!last) return;
+    if (kind == 3) __threadfence();
+    int sum = 0;
+    for (int b = 0; b < (int)gridDim.x; b++) sum += ((volatile int*)data)[b * 32 + threadIdx.x];
+    out[threadIdx.x] = sum;
+    if (threadIdx.x == 0) *ticket = 0;
+}
+
+// Lanes read what their neighbours wrote; `wait`: behind __syncwarp.
+extern "C" __global__ void neighbours_of_a_warp(int* out, int wait) {
+    __shared__ int numbers[32];
+    numbers[threadIdx.x] = threadIdx.x;
+    if (wait) __syncwarp();
+    out[threadIdx.x] = numbers[threadIdx.x ^ 1];
+}
+
+// Every thread writes the same place: its own number or, where `same`, the same one.
+extern "C" __global__ void one_place(int* out, int same) { out[0] = same ? 7 : (int)(blockIdx.x * 32 + threadIdx.x); }
+
+extern "C" __global__ void constants(int* x, int* out, int change) {
+    if (change) x[threadIdx.x] = 5;
+    out[threadIdx.x] = __ldg(x + threadIdx.x);
+}
+
 extern "C" __global__ void arguments(const float* x, const uint4* y, const u16* z, int i, float f, void* any, float* out) {
     out[0] = x[0] + (float)y[0].w + half_to_float(z[0]) + (float)i + f;
     out[1] = any == nullptr;

@@ -7,7 +7,8 @@
 // thread 0 is first to get anywhere; reversed, the last one (and the last block). Compiled with the address sanitizer,
 // shared arrays have red zones (-fsanitize-sections=shared_memory) and the switches of stacks are announced to it.
 //
-// Only what kernels use and no more: an instruction that is missing here does not compile.
+// Only what kernels use and no more: an instruction that is missing here does not compile. SHIM_CHECKED: kernels that
+// were made of PTX (ptx.py) tell checker.cpp of their accesses to memory, and launches, blocks and barriers are told it.
 #pragma once
 
 #include <math.h>
@@ -81,6 +82,18 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 extern char __start_shared_memory[] __attribute__((weak, visibility("hidden")));
 extern char __stop_shared_memory[] __attribute__((weak, visibility("hidden")));
+
+#ifdef SHIM_CHECKED
+#pragma GCC visibility push(default)
+extern "C" void checker_launch(int threads);
+extern "C" const char* checker_block(uint64_t number);
+extern "C" const char* checker_barrier();
+#pragma GCC visibility pop
+#else
+inline void checker_launch(int) {}
+inline const char* checker_block(uint64_t) { return nullptr; }
+inline const char* checker_barrier() { return nullptr; }
+#endif
 
 namespace shim {
 
@@ -285,6 +298,12 @@ inline bool misfits(int one, int other) {
     return false;
 }
 
+// What the checker says: null, or that something is wrong.
+inline bool refuses(const char* fault) {
+    if (fault) snprintf(message, sizeof message, "%s", fault);
+    return fault != nullptr;
+}
+
 // All threads wait or have ended. Whether they may go on: all at one barrier.
 inline bool release_block(int threads) {
     for (int k = 0; k < threads; k++) {
@@ -298,6 +317,7 @@ inline bool release_block(int threads) {
         if (!together(fibers[k], fibers[0])) return misfits(0, k);
         barrier_count += fibers[k].value != 0;
     }
+    if (fibers[0].wait == AT_BARRIER && refuses(checker_barrier())) return false;
     for (int k = 0; k < threads; k++) fibers[k].wait = RUNS;
     return true;
 }
@@ -384,10 +404,11 @@ inline const char* launch(void (*call)(void**), const int* grid, int block, void
     gridDim = {(unsigned)grid[0], (unsigned)grid[1], (unsigned)grid[2]};
     blockDim = {(unsigned)block, 1, 1};
     const size_t n = (size_t)grid[0] * grid[1] * grid[2];
+    checker_launch(block);
     for (size_t k = 0; k < n; k++) {
         const size_t at = reversed ? n - 1 - k : k;
         blockIdx = {(unsigned)(at % grid[0]), (unsigned)(at / grid[0] % grid[1]), (unsigned)(at / grid[0] / grid[1])};
-        if (!run_block(block, reversed)) {
+        if (refuses(checker_block(at)) || !run_block(block, reversed)) {
 #ifdef __SANITIZE_ADDRESS__
             __asan_unpoison_memory_region(memory, MOST * bytes);  // frames that nobody returned from
 #endif

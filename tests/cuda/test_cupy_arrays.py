@@ -62,7 +62,7 @@ class Function:
     """A kernel by its address's words."""
 
     def __init__(self, kernel):
-        self.kernel, self.entry = kernel, emulated._entry(kernel)
+        self.kernel, self.entry = kernel, emulated.entry_of(kernel)
 
     def __call__(self, grid, block, args, shared_mem=0, stream=None):
         name, kinds = self.kernel.name, [kind[0] for kind in self.entry.parameters]
@@ -74,7 +74,7 @@ class Function:
 
         def work():
             assert words  # alive
-            stacks = emulated._stacks()[1]
+            stacks = emulated.stacks()[1]
             fault = self.entry.launch(dims, block[0], pointers, stacks, emulated.STACK_BYTES, False)
             assert not fault, (name, fault)
 

@@ -122,11 +122,7 @@ def test_integer_instructions(device):
     for k in range(n):
         x, y, z = int(a[k]), int(b[k]), int(c[k])
         both = y << 32 | x
-        chosen = []
-        for i in range(4):
-            nibble = z >> 4 * i & 15
-            byte = both >> 8 * (nibble & 7) & 255
-            chosen.append(255 * (byte >> 7) if nibble & 8 else byte)
+        chosen = [both >> 8 * (z >> 4 * i & 7) & 255 for i in range(4)]
         wanted = [
             join(chosen),
             (z + sum(p * q for p, q in zip(signed(x), signed(y), strict=True))) & 0xFFFFFFFF,
