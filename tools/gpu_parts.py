@@ -246,6 +246,7 @@ def decode(bench: Bench) -> dict[str, Any]:
         taken = seconds(bench.device, lambda: [trace.graph.launch() for _ in range(sizes.rounds)], sizes.repetitions)  # noqa: B023
         found[f"graph_{context}_ms"] = 1e3 * taken / sizes.rounds
     found["launches"], found["levels"] = trace.n_launches, len(trace.levels)
+    found["early"] = bench.device.early
     return found
 
 

@@ -154,12 +154,14 @@ def prompt_kernels(bench: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def setting(net: Any, fused: bool = True, prefetched: int = 0, blocks: int = 0, warps: int = 0) -> Iterator[None]:
+def setting(net: Any, fused: bool = True, prefetched: int = 0, blocks: int = 0, warps: int = 0,
+            early: bool = True) -> Iterator[None]:  # fmt: skip
     """One token's graph otherwise: recorded anew inside, and again behind."""
     matrices = [w for layer in net.weights.layers for w in vars(layer).values() if hasattr(w, "blocks")]
     matrices.append(net.weights.output)
-    before = packed_weights.warps_of
+    before, early_before = packed_weights.warps_of, net.device.early
     try:
+        net.device.early = early and early_before
         net.ops.fused, net.ops.prefetched, net.cache.trace = fused, prefetched, None
         for matrix in matrices:
             matrix.blocks = blocks
@@ -167,7 +169,7 @@ def setting(net: Any, fused: bool = True, prefetched: int = 0, blocks: int = 0, 
             packed_weights.warps_of = lambda steps, stages, most: max(1, min(warps, most, steps))
         yield
     finally:
-        packed_weights.warps_of = before
+        packed_weights.warps_of, net.device.early = before, early_before
         for matrix in matrices:
             matrix.blocks = 0
         net.ops.fused, net.ops.prefetched, net.cache.trace = True, 0, None
@@ -177,12 +179,13 @@ def sweeps(bench: Any) -> dict[str, Any]:
     """Tokens a second with other settings, and for each of a token's products which setting is best."""
     net, n_sm = bench.network, bench.device.n_sm
     context = bench.sizes.contexts[0]
-    settings: dict[str, dict[str, Any]] = {"as it is": {}, "not fused": {"fused": False}}
+    settings: dict[str, dict[str, Any]] = {"as it is": {}, "not begun early": {"early": False}}
+    settings |= {"not fused": {"fused": False}, "neither": {"fused": False, "early": False}}
     settings |= {f"prefetched {mb} MB": {"prefetched": mb << 20} for mb in PREFETCHED}
     settings |= {f"{warps} warps": {"warps": warps} for warps in WARPS}
     settings |= {f"{each} blocks a multiprocessor stay": {"blocks": each * n_sm} for each in BLOCKS}
     if bench.emulate:
-        settings = {name: settings[name] for name in (*list(settings)[:2], "4 warps", "1 blocks a multiprocessor stay")}
+        settings = {name: settings[name] for name in (*list(settings)[:3], "4 warps", "1 blocks a multiprocessor stay")}
     rates: dict[str, Any] = {}
     us: dict[str, dict[str, float]] = {}
     for name, changed in settings.items():

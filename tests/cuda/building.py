@@ -150,7 +150,7 @@ def checker() -> ctypes.CDLL:
     """What watches the memory of kernels made of PTX."""
     text = CHECKER.read_text(encoding="utf-8")
     library = ctypes.CDLL(str(_built("checker", text, lambda: text, 1)), mode=ctypes.RTLD_GLOBAL)
-    for name, n in (("allocate", 2), ("free", 1), ("written", 2), ("level", 0)):
+    for name, n in (("allocate", 2), ("free", 1), ("written", 2), ("level", 0), ("early", 1)):
         function = getattr(library, f"checker_{name}")
         function.argtypes, function.restype = [ctypes.c_uint64] * n, None
     return library

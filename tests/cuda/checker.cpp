@@ -10,7 +10,9 @@
 //   blocks            a thread's fence, then its atomic operation, seen by another's atomic operation, then that one's
 //                     fence; what the first thread's block did before a barrier in front of the fence comes along, and
 //                     the second's block has it behind its next barrier
-//   launches          all of a level come behind all of the level before; within a level nothing is ordered
+//   launches          all of a level come behind all of the level before; within a level nothing is ordered. What is
+//                     begun early (programmatic dependent launch) comes behind its griddepcontrol.wait only, and before
+//                     that behind what was done when the first of such launches in a row began
 //
 // Blocks run one after the other, but what is ordered is judged by the above alone, so that a race between blocks is
 // seen whichever ran first. Who writes to global memory what is there already races with nobody: either value is right.
@@ -27,7 +29,7 @@
 
 namespace {
 
-enum Kind { READ, WRITE, ATOMIC, CONSTANT };
+enum Kind { READ, WRITE, ATOMIC, CONSTANT, ASKED };  // ASKED: for the cache, whatever it is
 enum { MOST_THREADS = 1024, MANY_OF_WARP = 1024, MANY = 2047, MANY_BLOCKS = 16383, SHARED_BYTES = 1 << 18 };
 
 struct Stamp {  // launch 0: nobody
@@ -53,6 +55,9 @@ std::map<uint64_t, Allocation> allocations;
 std::unordered_map<uint64_t, std::unique_ptr<Page>> pages;
 Cell shared_cells[SHARED_BYTES];
 unsigned launch, level_first = 1, block, epoch, threads;
+unsigned done_first = 1;  // launches from this number on may not be done when an early one begins
+bool is_early;
+bool waited[MOST_THREADS];
 unsigned warp_epoch[MOST_THREADS], fenced[MOST_THREADS];  // fenced: epoch + 1 of the last fence
 Clock acquired[MOST_THREADS], pending[MOST_THREADS], of_block;
 std::unordered_map<uint64_t, Clock> released;  // by the address of an atomic operation
@@ -75,7 +80,7 @@ bool covers(const Clock& clock, const Stamp& prior) {
 // Whether what left a stamp comes before what this thread does now.
 bool ordered(const Stamp& prior, unsigned thread) {
     if (!prior.launch) return true;
-    if (prior.launch != launch) return prior.launch < level_first;
+    if (prior.launch != launch) return prior.launch < (is_early && !waited[thread] ? done_first : level_first);
     if (prior.block == MANY_BLOCKS) return false;
     if (prior.block != block) return covers(of_block, prior) || covers(acquired[thread], prior);
     if (prior.epoch < epoch || prior.thread == thread) return true;
@@ -198,7 +203,13 @@ void checker_free(uint64_t at) {
 void checker_written(uint64_t at, uint64_t bytes) { set_bytes(at, bytes, true); }
 
 // The launches from here on are a level: they come behind all before them, and beside one another.
-void checker_level() { level_first = launch + 1; }
+void checker_level() {
+    if (!is_early) done_first = level_first;
+    level_first = launch + 1;
+    is_early = false;
+}
+// The launch to come begins early. Others begin when all of the level before are done.
+void checker_early(uint64_t early) { is_early = early; }
 
 void checker_launch(int n_threads) {
     launch++;
@@ -211,15 +222,23 @@ const char* checker_block(uint64_t number) {
     memset(shared_cells, 0, sizeof shared_cells);
     memset(warp_epoch, 0, sizeof warp_epoch);
     memset(fenced, 0, sizeof fenced);
+    memset(waited, 0, sizeof waited);
     for (unsigned k = 0; k < threads && acquires; k++) acquired[k].clear(), pending[k].clear();
     of_block.clear();
     acquires = false;
     return number < MANY_BLOCKS && launch < 1 << 22 ? nullptr : "more blocks or launches than the checker counts";
 }
+// All threads of the block have ended. Whoever is begun early waits, so that who comes next can rely on it.
+const char* checker_ended() {
+    for (unsigned k = 0; k < threads && is_early; k++)
+        if (!waited[k]) return "a kernel that begins early does not wait in all threads";
+    return nullptr;
+}
 const char* checker_barrier() {
     for (unsigned k = 0; k < threads && acquires; k++) join(of_block, acquired[k]);
     return ++epoch < 1023 ? nullptr : "more barriers than the checker counts";
 }
+void checker_wait(int thread) { waited[thread] = true; }
 void checker_warp(int thread) { warp_epoch[thread] = warp_epoch[thread] < 63 ? warp_epoch[thread] + 1 : 63; }
 
 void checker_fence(int thread) {
@@ -234,6 +253,7 @@ const char* checker_global(uint64_t at, int bytes, int kind, int thread, const u
         snprintf(said, sizeof said, "an access of %d bytes outside of what was allocated", bytes);
         return said;
     }
+    if (kind == ASKED) return nullptr;
     for (int k = 0; k < bytes; k++) {
         Cell& cell = page_of((at + k) / 4096).cell[(at + k) % 4096];
         const bool same = value && cell.written && value[k] == ((const uint8_t*)at)[k];

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from building import COMPILER, SANITIZED, STACK_BYTES, WORDS, checker, entry_of, library_path, stacks
 from ggufkit_formats.errors import DeviceError, DeviceMemoryError
+from ggufkit_kernels.cuda.device import in_a_row
 from ggufkit_kernels.cuda.loader import Kernel, Module
 
 __all__ = ["COMPILER", "SANITIZED", "STACK_BYTES", "EmulatedArray", "EmulatedDevice", "entry_of", "ran", "stacks"]
@@ -100,12 +101,15 @@ class EmulatedArray:
 class EmulatedGraph:
     def __init__(self, device: EmulatedDevice, levels: Sequence[Sequence[tuple]]):
         self.device = device
-        self.levels = [[device.bind(*launch) for launch in level] for level in levels]
+        row = in_a_row(levels) if device.early else [(level, False) for level in levels]
+        self.levels = [([device.bind(*launch) for launch in level], early) for level, early in row]
 
     def launch(self) -> None:
         """Run all of it again: the launches of one level backwards where the order is reversed."""
-        for level in self.levels:
+        for level, early in self.levels:
             self.device.begin_level()
+            if self.device.watch and early:
+                self.device.watch.checker_early(True)
             for bound in reversed(level) if self.device.reversed else level:
                 self.device.run(bound)
 
@@ -115,7 +119,7 @@ class EmulatedDevice:
 
     def __init__(self, arch: int = ARCH, n_sm: int = 4, total: int = 1 << 33, reverse: bool | None = None,
                  ptx: bool = "ptx" in WORDS):  # fmt: skip
-        self.name, self.arch, self.n_sm = "emulated", arch, n_sm
+        self.name, self.arch, self.n_sm, self.early = "emulated", arch, n_sm, arch >= 90
         self.ptx = arch if ptx else 0  # the compute capability whose PTX is run, or 0: the source is
         self.watch = checker() if ptx else None
         self.total, self.used, self.launches = total, 0, 0

@@ -90,6 +90,7 @@ class Stream:
     def __init__(self, fake: Fake):
         self.fake, self.pending, self.done = fake, [], frozenset()
         self.capture: Stream | None = None
+        self.ptr = id(self)
 
     def check(self, what: str) -> None:
         if self.capture is not None:
@@ -189,7 +190,7 @@ class Pool:
 
 class Function:
     def __init__(self, fake: Fake, name: str):
-        self.fake, self.name = fake, name
+        self.fake, self.name, self.ptr = fake, name, id(self)
 
     def __call__(self, grid: tuple, block: tuple, args: tuple, shared_mem: int = 0, stream: Any = None) -> None:
         assert isinstance(grid, tuple) and isinstance(block, tuple) and is_int(*grid, *block, shared_mem)

@@ -9,11 +9,12 @@ extern "C" const char* checker_global(uint64_t at, int bytes, int kind, int thre
 extern "C" const char* checker_shared(uint32_t at, int bytes, int kind, int thread);
 extern "C" void checker_fence(int thread);
 extern "C" void checker_warp(int thread);
+extern "C" void checker_wait(int thread);
 #pragma GCC visibility pop
 
 namespace ptx {
 
-enum Kind { READ, WRITE, ATOMIC, CONSTANT };
+enum Kind { READ, WRITE, ATOMIC, CONSTANT, ASKED };
 
 template <class T, int N>
 struct Several {
@@ -121,7 +122,8 @@ template <class T>
 inline T change_inc(T old, T value) { return old >= value ? 0 : old + 1; }
 
 inline void fence() { checker_fence(shim::current); }
-inline void prefetch(uint64_t) {}
+inline void wait_for_grids() { checker_wait(shim::current); }
+inline void prefetch(uint64_t at, int line) { require(checker_global(at, 1, ASKED, shim::current), line); }
 
 // -- the others of a warp or a block -----------------------------------------------------------------------
 

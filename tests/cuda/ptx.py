@@ -400,8 +400,11 @@ class Body:
             raise ValueError(parts)
         return "ptx::fence();"
 
+    def do_griddepcontrol(self, parts: list[str], o: list[str]) -> str:
+        return {"wait": "ptx::wait_for_grids();", "launch_dependents": ""}[parts[0]]
+
     def do_prefetch(self, parts: list[str], o: list[str]) -> str:
-        return f"ptx::prefetch({self.address(o[0], 64)});"
+        return f"ptx::prefetch({self.address(o[0], 64)}, {self.line});"
 
     def do_cp(self, parts: list[str], o: list[str]) -> str:
         if parts == ["async", "cg", "shared", "global"]:

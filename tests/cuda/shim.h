@@ -88,11 +88,13 @@ extern char __stop_shared_memory[] __attribute__((weak, visibility("hidden")));
 extern "C" void checker_launch(int threads);
 extern "C" const char* checker_block(uint64_t number);
 extern "C" const char* checker_barrier();
+extern "C" const char* checker_ended();
 #pragma GCC visibility pop
 #else
 inline void checker_launch(int) {}
 inline const char* checker_block(uint64_t) { return nullptr; }
 inline const char* checker_barrier() { return nullptr; }
+inline const char* checker_ended() { return nullptr; }
 #endif
 
 namespace shim {
@@ -347,7 +349,10 @@ inline bool run_block(int threads, bool reversed) {
         if (message[0]) return false;
         int ended = 0;
         for (int k = 0; k < threads; k++) ended += fibers[k].wait == ENDED;
-        if (ended == threads) break;
+        if (ended == threads) {
+            if (refuses(checker_ended())) return false;
+            break;
+        }
         if (!release_block(threads)) return false;
     }
     for (int k = 0; k < threads; k++)

@@ -3,16 +3,18 @@ graphs are recorded, what it asks of cuBLAS. (That CuPy and CUDA then do it is f
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import inspect
 import subprocess
 import sys
 
+import emulated
 import numpy as np
 import pytest
 from fake_cupy import Cublas, CUDARuntimeError, Fake
 from ggufkit_formats.errors import DeviceError, DeviceMemoryError
-from ggufkit_kernels.cuda import cupy_device, loader
+from ggufkit_kernels.cuda import cupy_device, driver, loader
 from ggufkit_kernels.cuda.cupy_device import CupyDevice
 
 KERNELS = loader.module("elementwise.cu")
@@ -26,6 +28,7 @@ def fake(monkeypatch, tmp_path):
     for name, module in made.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(cupy_device, "installed", lambda: True)
+    monkeypatch.setattr(driver, "can_launch_early", lambda: False)
     return made
 
 
@@ -289,6 +292,102 @@ def test_levels_of_a_graph(fake, widths):
     assert len(device.sides) == min(cupy_device.SIDE_STREAMS, max(widths) - 1)
 
 
+def early_levels() -> list[list[tuple]]:
+    """Launches that are told apart by their grids, two of them in one level; all wait but the sixth."""
+    add, other = KERNELS.kernel("add"), KERNELS.kernel("halves")
+    assert loader.waits(add) and not loader.waits(other)
+    sizes = [[1], [2], [8, 3], [4], [5], [6], [7]]
+    return [[(other if n == 6 else add, (n, 2), 64, 7, 0.5) for n in level] for level in sizes]
+
+
+def test_launches_begin_early(fake, monkeypatch):
+    """Behind a single launch, those that wait by themselves; those of one level one after the other."""
+    early: list[tuple] = []
+    monkeypatch.setattr(driver, "can_launch_early", lambda: True)
+    device = CupyDevice(tell=lambda line: None)
+    assert device.early
+
+    def launch_early(function, grid, block, args, stream):
+        assert stream == device.stream.ptr and isinstance(function, int)
+        early.append(grid)
+        device.stream.queue((len(fake.launches), "early"))
+        fake.launches.append(("early", grid, (block,), args))
+
+    monkeypatch.setattr(driver, "launch_early", launch_early)
+    device.capture(early_levels())
+    assert [grid[0] for grid in early] == [2, 3, 8, 4, 5, 7]
+    assert [grid[0] for _, grid, *_ in fake.launches] == [1, 2, 3, 8, 4, 5, 6, 7]
+    assert not device.sides[0].done  # no branches
+    device.early = False
+    device.capture(early_levels())
+    assert len(early) == 6
+
+
+def test_a_driver_that_does_not_record_early_launches(fake, monkeypatch):
+    """It is asked once; the graph is recorded without them, and so are later ones."""
+    asked = []
+
+    def launch_early(*args):
+        asked.append(args)
+        raise RuntimeError("cuLaunchKernelEx: error 801")
+
+    monkeypatch.setattr(driver, "can_launch_early", lambda: True)
+    monkeypatch.setattr(driver, "launch_early", launch_early)
+    device = CupyDevice(tell=lambda line: None)
+    for _ in range(2):
+        fake.launches.clear()
+        device.capture(early_levels()).launch()
+        assert [grid[0] for _, grid, *_ in fake.launches][-8:] == [1, 2, 8, 3, 4, 5, 6, 7]
+    assert len(asked) == 1 and not device.early and device.stream.capture is None
+
+
+DRIVER = """
+#include <stdint.h>
+#include <string.h>
+struct attribute { int id; char pad[4]; union { int serialization; char room[64]; } value; };
+struct config { unsigned gx, gy, gz, bx, by, bz, shared; void* stream; attribute* attributes; unsigned n; };
+extern "C" int cuLaunchKernelEx(const config* c, void* function, void** words, void** extra) {
+    int64_t seen[12] = {c->gx, c->gy, c->gz, c->bx, c->by, c->bz, c->shared, (int64_t)c->stream, c->n,
+                        c->attributes->id, c->attributes->value.serialization, (int64_t)function};
+    if (extra || sizeof(attribute) != 72) return 1;
+    int64_t* const out = *(int64_t**)words[0];
+    memcpy(out, seen, sizeof seen);
+    out[12] = *(int32_t*)words[1];
+    memcpy(out + 13, words[2], 4);
+    return (int)out[14];
+}
+"""
+
+
+@pytest.mark.skipif(emulated.COMPILER is None, reason="there is no g++")
+def test_what_the_driver_is_told(tmp_path, monkeypatch):
+    """A driver of our own, with cuda.h's structures written down again, gets what was meant."""
+    source, library = tmp_path / "driver.cpp", tmp_path / "driver.so"
+    source.write_text(DRIVER, encoding="utf-8")
+    subprocess.run([str(emulated.COMPILER), "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    loaded = ctypes.CDLL(str(library))
+    monkeypatch.setattr(driver, "_library", lambda: loaded)
+    assert driver.can_launch_early()
+    out = np.zeros(16, np.int64)
+    words = np.uint64(out.ctypes.data), np.int32(-5), np.float32(0.5)
+    driver.launch_early(0x7FFF_1234_5678_9ABC, (70000, 3), 256, words, 0x7EEE_1234_5678)
+    assert out[:12].tolist() == [70000, 3, 1, 256, 1, 1, 0, 0x7EEE_1234_5678, 1, 6, 1, 0x7FFF_1234_5678_9ABC]
+    assert out[12] == -5 and out[13:14].view(np.float32)[0] == 0.5
+    out[14] = 801
+    with pytest.raises(RuntimeError, match="cuLaunchKernelEx: error 801"):
+        driver.launch_early(1, (1,), 32, words, 2)
+
+
+def test_no_driver_launches_nothing_early(monkeypatch):
+    def missing():
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(driver, "_library", missing)
+    assert not driver.can_launch_early()
+    monkeypatch.setattr(driver, "_library", lambda: ctypes.CDLL(None))  # a driver for CUDA 11
+    assert not driver.can_launch_early()
+
+
 # -- cuBLAS ------------------------------------------------------------------------------------------------
 
 
@@ -334,10 +433,12 @@ def test_the_real_cupy_has_these_names():
     cuda = cupy.cuda
     for owner, names in {
         cuda.runtime: "getDeviceCount getDeviceProperties memGetInfo driverGetVersion runtimeGetVersion",
+        cuda.Stream.null: "ptr",
         cuda.Stream: "begin_capture end_capture synchronize wait_event __enter__",
         cuda.MemoryPool: "malloc free_all_blocks free_bytes",
         cuda.MemoryPointer: "copy_from_host_async copy_to_host_async copy_from_device_async memset_async",
         cuda.function.Module: "load get_function",
+        cuda.function.Function: "ptr",
         cuda.device: "get_cublas_handle",
         cuda.Graph: "launch upload",
         cuda: "Event alloc_pinned_memory Device get_elapsed_time",

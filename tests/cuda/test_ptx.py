@@ -26,9 +26,13 @@ def test_all_kernels(words, tmp_path):
     again.all_kernels(words, tmp_path / "ran")
 
 
-def test_networks():
-    """A token of each network, captured: what is said to run side by side does not race."""
-    again.run_tests("ptx", ["-m", "not gpu", "-k", "graph_equals_separate_calls", str(again.HERE / "test_trace.py")])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_networks(arch):
+    """A token of each network, captured: what is said to run side by side does not race, nor (sm_90) do kernels that
+    begin early."""
+    again.run_tests(
+        f"ptx {arch}", ["-m", "not gpu", "-k", "graph_equals_separate_calls", str(again.HERE / "test_trace.py")]
+    )
 
 
 # -- instructions ------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@
 #define WARPS (THREADS / 32)
 #define TILE 128        // positions; also the most splits there may be
 #define AHEAD 8         // loads of values in flight
+#define TILES_ASKED_FOR 2  // that the second-level cache is asked for before q, k and v are there
 #define LOG2_E 1.44269504f
 
 #if HEAD_DIM % 8 == 0
@@ -189,6 +190,13 @@ __device__ __forceinline__ void load_values(Vector (&ahead)[AHEAD], const u16* v
     }
 }
 
+// The second-level cache shall have rows first … last - 1 of keys or values.
+__device__ __forceinline__ void ask_for_rows(const u16* from, int first, int last) {
+    const int bytes = 2 * HEAD_DIM * (last - first);
+    const u8* const at = (const u8*)(from + (size_t)first * HEAD_DIM);
+    for (int i = 128 * threadIdx.x; i < bytes; i += 128 * THREADS) ask_for(at + i);
+}
+
 // Scores of a tile at `keys` (count, HEAD_DIM). Which key: threadIdx.x / LANES_PER_KEY; which of its vectors: sub,
 // sub + LANES_PER_KEY, … All threads come.
 __device__ __forceinline__ void tile_scores(const u16* keys, int count, const float (*query)[PADDED],
@@ -332,13 +340,19 @@ attend(const float* q, const float* k, const float* v, const float* q_norm, cons
     float(*const query)[PADDED] = (float(*)[PADDED])query_room;  // the last one is the key of the own position
     float* const made = (float*)query_room;                      // in the end
     float(*const scores)[GROUP] = (float(*)[GROUP])score_room;   // (TILE, GROUP)
+    let_next_begin();
     const int head = blockIdx.x, key_head = head / shared, split = blockIdx.y, own = *start, length = own + 1;
     const int span = ((length + (int)gridDim.y - 1) / (int)gridDim.y + TILE - 1) / TILE * TILE;
     const int begin = split * span, end = min(begin + span, length), active = (length + span - 1) / span;
-    if (begin >= length) return;  // all threads of the block
     const int tid = threadIdx.x;
     u16* const head_keys = keys + (size_t)key_head * positions * HEAD_DIM;
     u16* const head_values = values + (size_t)key_head * positions * HEAD_DIM;
+    if (BEGINS_EARLY) {  // earlier tokens' keys and values are there, while q, k and v are still computed
+        ask_for_rows(head_keys, begin, min(begin + TILES_ASKED_FOR * TILE, min(end, own)));
+        ask_for_rows(head_values, begin, min(begin + TILES_ASKED_FOR * TILE, min(end, own)));
+    }
+    wait_for_earlier();
+    if (begin >= length) return;  // all threads of the block
     const size_t at = (size_t)own * HEAD_DIM;
     load_queries(q + (size_t)head * GROUP * HEAD_DIM, k + key_head * HEAD_DIM, v + key_head * HEAD_DIM, q_norm, k_norm,
                  table + (size_t)own * 2 * pairs, query, head_keys + at, head_values + at, end == length, pairs,

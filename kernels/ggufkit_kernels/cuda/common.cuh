@@ -10,6 +10,34 @@ typedef unsigned long long u64;
 
 #define FULL_WARP 0xffffffffu
 
+// Programmatic dependent launch ("Programmatic Dependent Launch and Synchronization" of the CUDA programming guide,
+// griddepcontrol of the PTX manual), of sm_90 on: a kernel of a token's graph may begin when all blocks of the one before
+// it have begun. It asks for what nobody computes, its weights, and waits for the rest:
+//   let_next_begin    by any thread, as soon as may be: the next kernel waits by itself for what it needs
+//   wait_for_earlier  by all threads, before they read what a kernel wrote, or write anything. All kernels before are done
+//                     then, since each of them waited too, and what they wrote is seen
+// A kernel of a graph that does not wait is not begun early (loader.py: `waits`). Without an early begin both do nothing.
+#if defined(EMULATED) || __CUDA_ARCH__ >= 900
+#define BEGINS_EARLY 1
+#else
+#define BEGINS_EARLY 0
+#endif
+#if !defined(EMULATED) && BEGINS_EARLY
+__device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
+__device__ __forceinline__ void wait_for_earlier() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+#else
+__device__ __forceinline__ void let_next_begin() {}
+__device__ __forceinline__ void wait_for_earlier() {}
+#endif
+
+// The second-level cache shall have a line of 128 bytes. Nobody waits for it.
+#ifdef EMULATED
+// So that tests see where it is.
+__device__ __forceinline__ void ask_for(const void* at) { (void)*(const volatile u8*)at; }
+#else
+__device__ __forceinline__ void ask_for(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+#endif
+
 #ifndef EMULATED
 // float16 bits to float, exact; float to float16 bits, to nearest even, infinity where it is too large.
 __device__ __forceinline__ float half_to_float(u16 h) {

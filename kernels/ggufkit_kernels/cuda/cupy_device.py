@@ -26,7 +26,8 @@ import numpy as np
 from ggufkit_formats.errors import DeviceError, DeviceMemoryError
 
 from ..cpu import store
-from . import loader
+from . import driver, loader
+from .device import in_a_row
 from .loader import Kernel, Module
 
 Array = Any
@@ -236,6 +237,8 @@ class CupyGraph:
 class CupyDevice:
     """The first device that CUDA shows (CUDA_VISIBLE_DEVICES chooses). Raises DeviceError where there is none."""
 
+    early = False
+
     def __init__(self, tell: Callable[[str], None] = _say):
         self.cupy = cupy = _import()
         with _said():
@@ -253,6 +256,7 @@ class CupyDevice:
             self.sides: list[Any] = []
             self.pool = cupy.cuda.MemoryPool()
             self.stage = cupy.cuda.alloc_pinned_memory(STAGE_BYTES)
+        self.early = self.arch >= 90 and driver.can_launch_early()
         self.staged = 0  # bytes of the stage that are on their way
         self._modules: dict[Module, Any] = {}
         self._functions: dict[Kernel, Any] = {}
@@ -297,27 +301,39 @@ class CupyDevice:
     def capture(self, levels: Sequence[Sequence[tuple]]) -> CupyGraph:
         """Record launches as a CUDA graph, those of one level on streams side by side."""
         with _said():
-            bound = [
-                [(self._function(kernel), grid, (block,), words(args)) for kernel, grid, block, *args in level]
-                for level in levels
-            ]
-            while len(self.sides) < min(SIDE_STREAMS, max(map(len, bound), default=1) - 1):
+            while len(self.sides) < min(SIDE_STREAMS, max(map(len, levels), default=1) - 1):
                 self.sides.append(self.cupy.cuda.Stream(non_blocking=True))
-            events: list[Any] = []  # which stay until the capture has ended
-            self.stream.begin_capture()
-            try:
-                for level in bound:
-                    events += self._record(level)
-            except BaseException:
-                with contextlib.suppress(Exception):
-                    self.stream.end_capture()
-                raise
-            graph = self.stream.end_capture()
-            graph.upload(stream=self.stream)
+            graph = None
+            if self.early:
+                try:
+                    graph = self._captured(in_a_row(levels))
+                except RuntimeError:  # a driver that does not record it
+                    self.early = False
+            if graph is None:
+                graph = self._captured([(level, False) for level in levels])
         return CupyGraph(graph, self.stream, [args for level in levels for _, _, _, *args in level])
 
-    def _record(self, level: list[tuple]) -> list[Any]:
-        """Queue one level: forked from the main stream, and joined to it again by the events that are returned."""
+    def _captured(self, levels: Sequence[tuple[Sequence[tuple], bool]]) -> Any:
+        bound = [
+            ([(self._function(kernel), grid, block, words(args)) for kernel, grid, block, *args in level], early)
+            for level, early in levels
+        ]
+        events: list[Any] = []  # which stay until the capture has ended
+        self.stream.begin_capture()
+        try:
+            for level, early in bound:
+                events += self._record(level, early)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self.stream.end_capture()
+            raise
+        graph = self.stream.end_capture()
+        graph.upload(stream=self.stream)
+        return graph
+
+    def _record(self, level: list[tuple], early: bool) -> list[Any]:
+        """Queue one level: forked from the main stream, and joined to it again by the events that are returned.
+        `early`: its only launch may begin early."""
         sides = self.sides[: len(level) - 1]
         streams = [self.stream, *sides]
         events = [self.cupy.cuda.Event(disable_timing=True) for _ in streams[1:] and streams]
@@ -326,7 +342,11 @@ class CupyDevice:
             for side in sides:
                 side.wait_event(events[0])
         for k, (function, grid, block, args) in enumerate(level):
-            function(grid, block, args, stream=streams[k % len(streams)])
+            stream = streams[k % len(streams)]
+            if early:
+                driver.launch_early(function.ptr, grid, block, args, stream.ptr)
+            else:
+                function(grid, (block,), args, stream=stream)
         for side, end in zip(sides, events[1:], strict=True):
             end.record(side)
             self.stream.wait_event(end)

@@ -7,14 +7,33 @@ only `upload`, `download` and `write` move numbers. All work is queued in one st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from .loader import Kernel, Module
+from .loader import Kernel, Module, waits
 
 Array = Any
+
+
+def in_a_row(levels: Sequence[Sequence[tuple]]) -> list[tuple[list[tuple], bool]]:
+    """A graph's levels as they are recorded where launches begin early: each with whether its first launch may begin
+    before the one in front of it has ended, since it waits by itself.
+
+    Launches of one level that wait by themselves follow one another, the smallest first: all of them are there as soon
+    as there is room, so that they read side by side anyway, and no branches have to be joined.
+    """
+    row: list[list[tuple]] = []
+    for level in levels:
+        if all(waits(launch[0]) for launch in level):
+            row += [[launch] for launch in sorted(level, key=lambda launch: math.prod(launch[1]))]
+        else:
+            row.append(list(level))
+    return [
+        (level, at > 0 and len(row[at - 1]) == len(level) == 1 and waits(level[0][0])) for at, level in enumerate(row)
+    ]
 
 
 class Graph(Protocol):
@@ -29,6 +48,7 @@ class Device(Protocol):
     name: str  # as the driver says it
     arch: int  # compute capability: 75, 80, 90, 120
     n_sm: int  # multiprocessors
+    early: bool  # whether a graph's launches begin early where they can
 
     def compile(self, modules: Iterable[Module], progress: Callable[[int, int], None] | None = None) -> None:
         """Compile and load modules ahead, side by side; `progress` is told (done, of how many), from other threads.
@@ -74,7 +94,7 @@ class Device(Protocol):
 
     def capture(self, levels: Sequence[Sequence[tuple]]) -> Graph:
         """Record launches, each a tuple of `launch`'s arguments: those of one level may run side by side, and begin
-        when all of the level before are done."""
+        when all of the level before are done, or earlier and wait themselves (`in_a_row`)."""
         ...
 
     def synchronize(self) -> None:

@@ -24,6 +24,8 @@ __device__ __forceinline__ void scale_row(const float* x, const float* weight, f
 // x (rows, dim) / sqrt(mean of squares + eps) * weight (dim,): a block a row, grid (rows). out may be x.
 extern "C" __global__ void __launch_bounds__(1024) rmsnorm(const float* x, const float* weight, float* out, int dim,
                                                            float eps) {
+    let_next_begin();
+    wait_for_earlier();
     const size_t at = (size_t)blockIdx.x * dim;
     const float sum = block_sum(square_sum(x + at, dim, threadIdx.x, blockDim.x));
     scale_row(x + at, weight, out + at, dim, sum, eps, threadIdx.x, blockDim.x);
@@ -32,6 +34,8 @@ extern "C" __global__ void __launch_bounds__(1024) rmsnorm(const float* x, const
 // The same, a warp a row: for rows too short for a block.
 extern "C" __global__ void __launch_bounds__(1024) rmsnorm_short(const float* x, const float* weight, float* out, int rows,
                                                                  int dim, float eps) {
+    let_next_begin();
+    wait_for_earlier();
     const int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (row >= rows) return;  // a whole warp
     const size_t at = (size_t)row * dim;
@@ -46,6 +50,8 @@ extern "C" __global__ void __launch_bounds__(1024) rmsnorm_short(const float* x,
 // 2 * pairs stays.
 extern "C" __global__ void __launch_bounds__(1024) rope(float* x, const float* table, const int* start, int heads,
                                                         int head_dim, int pairs, int interleaved) {
+    let_next_begin();
+    wait_for_earlier();
     const float* angles = table + (size_t)(*start + blockIdx.x) * (2 * pairs);
     x += (size_t)blockIdx.x * heads * head_dim;
     const int step = interleaved ? 1 : pairs, stride = interleaved ? 2 : 1;
@@ -89,15 +95,21 @@ __device__ __forceinline__ void map(const float* a, const float* b, float* out, 
 
 // silu(gate) * up over n numbers; out may be one of them. Any grid.
 extern "C" __global__ void __launch_bounds__(1024) swiglu(const float* gate, const float* up, float* out, int n) {
+    let_next_begin();
+    wait_for_earlier();
     map<Swiglu>(gate, up, out, n);
 }
 
 // max(gate, 0) squared, times up.
 extern "C" __global__ void __launch_bounds__(1024) relu2(const float* gate, const float* up, float* out, int n) {
+    let_next_begin();
+    wait_for_earlier();
     map<Relu2>(gate, up, out, n);
 }
 
 extern "C" __global__ void __launch_bounds__(1024) add(const float* a, const float* b, float* out, int n) {
+    let_next_begin();
+    wait_for_earlier();
     map<Add>(a, b, out, n);
 }
 

@@ -58,9 +58,12 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS * 2)
     const Strip from = strip_of(codes, d, scale, dmin, minimum, there ? strip : 0, chunks);
     const Share share = share_of(warp % warps, warps, there ? chunks : 0);
     Stage stages[STAGES];
-    begin(stages, share, from, q, a);
+    let_next_begin();
+    begin_weights(stages, share, from);
     Tables book = {};
     load_tables(book, tables);
+    wait_for_earlier();
+    begin_inputs(stages, share, q, a);
     __shared__ float before[32];  // what products are multiplied with, for each lane of the first warp
     if (warp == 0) before[lane] = squares ? factor * norm_of(squares, chunks, cols, eps) : factor;
     float acc[4];
@@ -106,9 +109,12 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
                  second ? other_dmin : dmin, second ? other_minimum : minimum, there ? strip : 0, chunks);
     const Share share = share_of(warp % warps, warps, there ? chunks : 0);
     Stage stages[STAGES];
-    begin(stages, share, from, q, a);
+    let_next_begin();
+    begin_weights(stages, share, from);
     Tables book = {};
     load_tables(book, tables);
+    wait_for_earlier();
+    begin_inputs(stages, share, q, a);
     __shared__ float before[32];
     if (warp == 0) before[lane] = squares ? norm_of(squares, chunks, cols, eps) : 1.0f;
     float acc[4];

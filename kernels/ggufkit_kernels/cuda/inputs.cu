@@ -60,6 +60,8 @@ __device__ __forceinline__ void quantize_four(float4 v, int i, int padded, i8* q
 
 // x float32 (n, cols). Grid: (blocks that share a token, n).
 extern "C" __global__ void quantize(const float* x, i8* q, uint2* a, int cols, int padded) {
+    let_next_begin();
+    wait_for_earlier();
     const size_t t = blockIdx.y;
     x += t * cols, q += t * padded, a += t * (padded / 32);
     const bool whole = cols % 4 == 0;
@@ -77,7 +79,9 @@ extern "C" __global__ void __launch_bounds__(1024) norm_quantize(const float* x,
     x += t * cols, q += t * padded, a += t * (padded / 32);
     const bool whole = cols % 4 == 0;
     float4 kept = make_float4(0.0f, 0.0f, 0.0f, 0.0f);  // the first load, which often is all
+    let_next_begin();
     const float4 kept_weight = load_four(weight + 4 * threadIdx.x, cols - 4 * (int)threadIdx.x, whole);
+    wait_for_earlier();
     float squares = 0.0f;
     for (int i = threadIdx.x; 4 * i < cols; i += blockDim.x) {
         const float4 v = load_four(x + 4 * i, cols - 4 * i, whole);
@@ -104,6 +108,8 @@ __device__ __forceinline__ float gated(float gate, float up, int squared) {
 // silu(gate) * up, or max(gate, 0)² * up where `squared`. gate and up float32 (n, cols). Grid: (blocks a token, n).
 extern "C" __global__ void gate_quantize(const float* gate, const float* up, float* y, i8* q, uint2* a, int cols,
                                          int padded, int squared) {
+    let_next_begin();
+    wait_for_earlier();
     const size_t t = blockIdx.y;
     gate += t * cols, up += t * cols, q += t * padded, a += t * (padded / 32);
     const bool whole = cols % 4 == 0;

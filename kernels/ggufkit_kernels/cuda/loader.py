@@ -77,3 +77,13 @@ def options(module: Module) -> tuple[str, ...]:
 def kernel_names(file: str) -> list[str]:
     """The kernels that a file defines."""
     return _KERNEL.findall(text(file))
+
+
+@lru_cache(maxsize=64)
+def waits(kernel: Kernel) -> bool:
+    """Whether a kernel waits for what was launched before it, so that it may begin early (common.cuh)."""
+    whole = text(kernel.module.file)
+    for match in _KERNEL.finditer(whole):
+        if match[1] == kernel.name:
+            return "wait_for_earlier();" in whole[match.start() : whole.index("\n}", match.start())]
+    return False

@@ -59,13 +59,16 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, MIN_BLOCKS)
     const int warp = threadIdx.x / 32, first_token = blockIdx.y * TOKENS, chunks = (cols + 31) / 32;
     const int strips = (rows + LANES - 1) / LANES;
     const Share share = share_of(warp, blockDim.x / 32, chunks);
+    let_next_begin();
     int strip = blockIdx.x;
     Strip from = strip_of(codes, d, scale, dmin, minimum, strip, chunks);
     q += (size_t)first_token * 32 * chunks, a += (size_t)first_token * chunks;
     Stage stages[STAGES];
-    begin(stages, share, from, q, a);
+    begin_weights(stages, share, from);
     Tables book = {};
     load_tables(book, tables);
+    wait_for_earlier();
+    begin_inputs(stages, share, q, a);
     __shared__ float norm;
     if (TOKENS == 1 && warp == 0) {  // while the weights are on their way
         const float found = squares ? norm_of(squares, chunks, cols, eps) : 1.0f;
@@ -78,7 +81,8 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, MIN_BLOCKS)
         const int next = PERSISTENT ? strip + gridDim.x : strips;
         if (next < strips) {
             from = strip_of(codes, d, scale, dmin, minimum, next, chunks);
-            begin(stages, share, from, q, a);
+            begin_weights(stages, share, from);
+            begin_inputs(stages, share, q, a);
         }
         finish<TOKENS, 4, PARTS>(acc, strip, first_token, rows, n, &norm, bias, residual, out);
         if (next >= strips) break;

@@ -52,10 +52,12 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS)
     x += (size_t)first_token * cols;
     int quad = warp * (32 / PARTS) + lane / PARTS;
 
+    let_next_begin();
     Columns stages[STAGES];
 #pragma unroll
     for (int k = 0; k < STAGES; k++)
         if (quad + k * stride < quads) load_columns(stages[k], from, quad + k * stride, part);
+    wait_for_earlier();
     float acc[TOKENS * ROWS];
 #pragma unroll
     for (int i = 0; i < TOKENS * ROWS; i++) acc[i] = 0.0f;

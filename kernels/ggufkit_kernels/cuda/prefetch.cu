@@ -8,13 +8,6 @@
 // device, where it may as well take memory from the kernel that runs beside it.
 #include "common.cuh"
 
-#ifdef EMULATED
-// So that tests see where it is.
-__device__ __forceinline__ void ask_for(const u8* at) { (void)*(const volatile u8*)at; }
-#else
-__device__ __forceinline__ void ask_for(const u8* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
-#endif
-
 // The first `lines` lines of 128 bytes.
 extern "C" __global__ void __launch_bounds__(128) prefetch(const u8* from, int lines) {
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < lines; i += gridDim.x * blockDim.x)

@@ -50,14 +50,6 @@ struct Stage {
 #endif
 };
 
-__device__ __forceinline__ void load_stage(Stage& to, const Strip& from, const i8* q, const uint2* a, int chunk,
-                                           int part) {
-    load_chunk(to.chunk, from, chunk, part);
-#if TOKENS == 1
-    load_inputs(to.inputs, q, a, chunk);
-#endif
-}
-
 struct Tables {
     u32 high[4], low[4];  // of a codebook of bytes: `high` alone
 };
@@ -146,11 +138,18 @@ __device__ __forceinline__ Share share_of(int warp, int warps, int chunks) {
     return {warp * STEP + lane / PARTS, warps * STEP, chunks, lane % PARTS};
 }
 
-__device__ __forceinline__ void begin(Stage (&stages)[STAGES], Share s, const Strip& from, const i8* q,
-                                      const uint2* a) {
+// The first chunks are asked for: weights, which nobody computes, then their inputs.
+__device__ __forceinline__ void begin_weights(Stage (&stages)[STAGES], Share s, const Strip& from) {
 #pragma unroll
     for (int k = 0; k < STAGES; k++)
-        if (s.chunk + k * s.stride < s.chunks) load_stage(stages[k], from, q, a, s.chunk + k * s.stride, s.part);
+        if (s.chunk + k * s.stride < s.chunks) load_chunk(stages[k].chunk, from, s.chunk + k * s.stride, s.part);
+}
+__device__ __forceinline__ void begin_inputs(Stage (&stages)[STAGES], Share s, const i8* q, const uint2* a) {
+#if TOKENS == 1
+#pragma unroll
+    for (int k = 0; k < STAGES; k++)
+        if (s.chunk + k * s.stride < s.chunks) load_inputs(stages[k].inputs, q, a, s.chunk + k * s.stride);
+#endif
 }
 
 __device__ __forceinline__ void load_tables(Tables& to, const u8* tables) {
