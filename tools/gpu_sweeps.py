@@ -155,7 +155,7 @@ def prompt_kernels(bench: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def setting(net: Any, fused: bool = True, prefetched: int = 0, blocks: int = 0, warps: int = 0,
-            early: bool = True) -> Iterator[None]:  # fmt: skip
+            early: bool = True, fewest_blocks: float = CudaOps.fewest_blocks) -> Iterator[None]:  # fmt: skip
     """One token's graph otherwise: recorded anew inside, and again behind."""
     matrices = [w for layer in net.weights.layers for w in vars(layer).values() if hasattr(w, "blocks")]
     matrices.append(net.weights.output)
@@ -163,6 +163,7 @@ def setting(net: Any, fused: bool = True, prefetched: int = 0, blocks: int = 0, 
     try:
         net.device.early = early and early_before
         net.ops.fused, net.ops.prefetched, net.cache.trace = fused, prefetched, None
+        net.ops.fewest_blocks = fewest_blocks
         for matrix in matrices:
             matrix.blocks = blocks
         if warps:
@@ -173,6 +174,7 @@ def setting(net: Any, fused: bool = True, prefetched: int = 0, blocks: int = 0, 
         for matrix in matrices:
             matrix.blocks = 0
         net.ops.fused, net.ops.prefetched, net.cache.trace = True, 0, None
+        net.ops.fewest_blocks = CudaOps.fewest_blocks
 
 
 def sweeps(bench: Any) -> dict[str, Any]:
@@ -180,12 +182,13 @@ def sweeps(bench: Any) -> dict[str, Any]:
     net, n_sm = bench.network, bench.device.n_sm
     context = bench.sizes.contexts[0]
     settings: dict[str, dict[str, Any]] = {"as it is": {}, "not begun early": {"early": False}}
+    settings |= {"norms in products of few blocks": {"fewest_blocks": 0.25}}
     settings |= {"not fused": {"fused": False}, "neither": {"fused": False, "early": False}}
     settings |= {f"prefetched {mb} MB": {"prefetched": mb << 20} for mb in PREFETCHED}
     settings |= {f"{warps} warps": {"warps": warps} for warps in WARPS}
     settings |= {f"{each} blocks a multiprocessor stay": {"blocks": each * n_sm} for each in BLOCKS}
     if bench.emulate:
-        settings = {name: settings[name] for name in (*list(settings)[:3], "4 warps", "1 blocks a multiprocessor stay")}
+        settings = {name: settings[name] for name in (*list(settings)[:4], "4 warps", "1 blocks a multiprocessor stay")}
     rates: dict[str, Any] = {}
     us: dict[str, dict[str, float]] = {}
     for name, changed in settings.items():

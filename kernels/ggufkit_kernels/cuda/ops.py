@@ -54,6 +54,7 @@ class CudaOps:
     name = "cuda"
     n_batch = 2048  # tokens of a prompt at a time: what unpacking the weights costs is spread over them
     prefetched = 0  # bytes of the matrix behind one token's attention, asked for beside it. For measurements
+    fewest_blocks = 0.75  # of a product that makes the next norm, per multiprocessor
     fused_prompt = True  # a prompt's attention in one launch (flash.cu), where its heads have a kernel
     most_top = launches.MOST_TOP  # logits that `top` finds at most
 

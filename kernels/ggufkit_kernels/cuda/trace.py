@@ -205,7 +205,7 @@ class Program:
             not self.ops.fused
             or len(norms) != 1
             or not product.args[0].takes_bytes
-            or blocks < self.ops.device.n_sm * 3 // 4
+            or blocks < self.ops.device.n_sm * self.ops.fewest_blocks
         ):
             return
         (norm,) = norms
