@@ -323,6 +323,15 @@ def test_launches_begin_early(fake, monkeypatch):
     assert len(early) == 6
 
 
+@pytest.mark.parametrize(("arch", "known", "early"), [("90", (75, 90), True), ("120", (75, 80), False),
+                                                      ("120", (75, 90), True), ("80", (75, 80, 90), False)])  # fmt: skip
+def test_what_is_compiled_for_older_devices_does_not_begin_early(fake, monkeypatch, arch, known, early):
+    """Such kernels do not wait, on whichever device they run."""
+    fake.arch, fake.nvrtc.getSupportedArchs = arch, lambda: known
+    monkeypatch.setattr(driver, "can_launch_early", lambda: True)
+    assert CupyDevice(tell=lambda line: None).early == early
+
+
 def test_a_driver_that_does_not_record_early_launches(fake, monkeypatch):
     """It is asked once; the graph is recorded without them, and so are later ones."""
     asked = []

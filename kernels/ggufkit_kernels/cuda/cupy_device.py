@@ -146,12 +146,12 @@ class Compiler:
         self.version = nvrtc.getVersion()
         known = sorted(int(a) for a in nvrtc.getSupportedArchs())
         if arch in known:
-            self.target, self.binary = f"sm_{arch}", True
+            self.target, self.binary, self.arch = f"sm_{arch}", True, arch
         else:  # a device newer than nvrtc: its driver compiles the rest
             older = [a for a in known if a <= arch]
             if not older:
                 raise DeviceError(f"nvrtc {self.version} does not compile for compute capability {arch / 10}")
-            self.target, self.binary = f"compute_{older[-1]}", False
+            self.target, self.binary, self.arch = f"compute_{older[-1]}", False, older[-1]
         self._lock, self._told = threading.Lock(), False
 
     def code(self, module: Module) -> bytes:
@@ -256,7 +256,8 @@ class CupyDevice:
             self.sides: list[Any] = []
             self.pool = cupy.cuda.MemoryPool()
             self.stage = cupy.cuda.alloc_pinned_memory(STAGE_BYTES)
-        self.early = self.arch >= 90 and driver.can_launch_early()
+        # kernels that are compiled for less than this do not wait: see common.cuh
+        self.early = self.compiler.arch >= 90 and driver.can_launch_early()
         self.staged = 0  # bytes of the stage that are on their way
         self._modules: dict[Module, Any] = {}
         self._functions: dict[Kernel, Any] = {}
