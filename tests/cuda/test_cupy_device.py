@@ -323,8 +323,10 @@ def test_launches_begin_early(fake, monkeypatch):
     assert len(early) == 6
 
 
-@pytest.mark.parametrize(("arch", "known", "early"), [("90", (75, 90), True), ("120", (75, 80), False),
-                                                      ("120", (75, 90), True), ("80", (75, 80, 90), False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arch", "known", "early"),
+    [("90", (75, 90), True), ("120", (75, 80), False), ("120", (75, 90), True), ("80", (75, 80, 90), False)],
+)
 def test_what_is_compiled_for_older_devices_does_not_begin_early(fake, monkeypatch, arch, known, early):
     """Such kernels do not wait, on whichever device they run."""
     fake.arch, fake.nvrtc.getSupportedArchs = arch, lambda: known
