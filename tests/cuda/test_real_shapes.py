@@ -1,14 +1,17 @@
 """The shapes that gpu_check.py measures, in their real sizes, on a device that checks launches and computes nothing:
-threads within what kernels are compiled for, grids, kinds of arguments, sizes of products."""
+threads within what kernels are compiled for, grids, kinds of arguments, sizes of products. One layer of them is
+computed, too."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import emulated
 import numpy as np
+import nvrtc_binding
 import pytest
 from emulated import EmulatedArray, EmulatedDevice
 
@@ -17,6 +20,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import gpu_check  # noqa: E402
 import gpu_parts  # noqa: E402
 import gpu_sweeps  # noqa: E402
+import make_model  # noqa: E402
 
 
 class DryDevice(EmulatedDevice):
@@ -76,3 +80,26 @@ def test_every_launch_is_one_that_the_device_takes(monkeypatch, shape, type, lev
     assert not found["prompt_sweeps"]["wrong"] and "unpacked 32 MB" in found["prompt_sweeps"]["tokens_per_s"]
     text = gpu_check.brief("kernels", found["kernels"]) + gpu_check.brief("sweeps", found["sweeps"])
     assert "attend" in text and "GB/s" in text and "best: " in text
+
+
+@pytest.mark.skipif(emulated.COMPILER is None, reason="there is no g++")
+@pytest.mark.skipif(not nvrtc_binding.found, reason=nvrtc_binding.reason)
+@pytest.mark.parametrize(
+    ("shape", "type"),
+    [
+        ("1b", "q4_k_m"),
+        *(pytest.param("8b", name, marks=pytest.mark.slow) for name in ("q4_k_m", "q8_0", "tq2_0", "f16")),
+    ],
+)
+def test_a_layer_runs_as_ptx(monkeypatch, shape, type):
+    """Of real size, on as many multiprocessors as a real device has, memory watched: whether fused or not."""
+    settings = {**make_model.SHAPES[shape], "num_hidden_layers": 1, "vocab_size": 1024}
+    monkeypatch.setitem(make_model.SHAPES, "one layer", settings)
+    sizes = replace(gpu_check.FULL, contexts=(8, 16), prompt=8, tokens=8)
+    network = gpu_parts.Network(EmulatedDevice(n_sm=132, total=1 << 36, ptx=True), "one layer", type, sizes)
+    found = []
+    for fused in (True, False):
+        network.ops.fused, network.cache.trace, network.cache.length = fused, None, 0
+        found += [network.device.download(network.forward(np.array([token]))) for token in (5, 9)][1:]
+    assert np.isfinite(found[0]).all() and np.abs(found[0]).max() > 0
+    assert np.abs(found[0] - found[1]).max() < 2e-2 * np.abs(found[0]).max()
