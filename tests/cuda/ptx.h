@@ -188,9 +188,9 @@ inline T shift_right(T x, uint32_t by) {
 }
 template <class T>
 inline T multiply_high(T a, T b) {
-    static_assert(sizeof(T) == 4);
+    static_assert(sizeof(T) <= 4);
     using W = std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>;
-    return (T)((W)a * (W)b >> 32);
+    return (T)((W)a * (W)b >> 8 * sizeof(T));
 }
 // Integers wrap: products and sums of what C++ would call signed are those of their bits.
 template <class T>

@@ -60,6 +60,7 @@ FORMS = [
         (r"min\.f32", "ptx::minimum({0}, {1})"),
         (r"abs\.f32", "fabsf({0})"),
         (r"neg\.f32", "-{0}"),
+        (r"neg\.s32", "ptx::wrap_sub<{T}>(0, {0})"),
         (r"copysign\.f32", "ptx::copy_sign({0}, {1})"),
         (r"sqrt\.rn\.f32", "sqrtf({0})"),
         (r"rcp\.rn\.f32", "1.0f / {0}"),
@@ -68,7 +69,7 @@ FORMS = [
         (rf"add\.{_INT}", "ptx::wrap_add<{T}>({0}, {1})"),
         (rf"sub\.{_INT}", "ptx::wrap_sub<{T}>({0}, {1})"),
         (rf"mul\.lo\.{_INT}", "ptx::wrap_mul<{T}>({0}, {1})"),
-        (r"mul\.hi\.[su]32", "ptx::multiply_high<{T}>({0}, {1})"),
+        (r"mul\.hi\.(?:[su]32|u16)", "ptx::multiply_high<{T}>({0}, {1})"),
         (rf"mad\.lo\.{_INT}", "ptx::wrap_add<{T}>(ptx::wrap_mul<{T}>({0}, {1}), {2})"),
         (rf"div\.{_INT}", "ptx::divide<{T}>({0}, {1}, {line})"),
         (rf"rem\.{_INT}", "ptx::remainder<{T}>({0}, {1}, {line})"),
@@ -175,7 +176,9 @@ class Body:
         """The whole function's body. `line`: of the PTX, where it begins."""
         head = ["const ptx::Variable variables[] = {"]
         head += [f"    {{{at}, {nbytes}}}," for at, nbytes in self.variables.values()] or ["    {0, 0},"]
-        head += ["};", "(void)variables;"]
+        head += ["};", "(void)variables;", f"alignas(8) unsigned char parameter_room[{8 * len(self.parameters)}];"]
+        for place, name in enumerate(self.parameters.values()):
+            head.append(f"memcpy(parameter_room + {8 * place}, &{name}, sizeof {name});")
         out: list[str] = []
         for self.line, statement in _statements(body, line):
             self.declare(statement, head) or out.extend(self.statement(statement))
@@ -234,10 +237,14 @@ class Body:
             return f"(uint32_t){SPECIAL[operand]}"
         if operand in self.variables:
             return f"(uint32_t){self.variables[operand][0]}"
+        if operand in self.parameters:
+            return f"(uint64_t)(parameter_room + {8 * list(self.parameters).index(operand)})"
         if operand == self.local:
             return "(uint64_t)local_room"
         if re.fullmatch(r"0f[0-9A-Fa-f]{8}", operand):
             return f"(uint32_t)0x{operand[2:]}u"
+        if re.fullmatch(r"0x[0-9A-Fa-f]+U", operand):
+            return operand
         if re.fullmatch(r"-?\d+", operand):
             return f"(int64_t){operand}ll"
         if re.fullmatch(r"%[A-Za-z]+\d*|[a-z]", operand):
@@ -251,7 +258,7 @@ class Body:
         return f"as<uint{bits}_t>({self.raw(match[1])}) + ({match[2] or 0})"
 
     def put(self, operand: str, value: str) -> str:
-        return f"set({_register(operand)}, {value});"
+        return "" if operand == "_" else f"set({_register(operand)}, {value});"
 
     # -- moves and control ---------------------------------------------------------------------------------
 
@@ -260,6 +267,10 @@ class Body:
         if o[1].startswith("{"):  # halves of a word, the lower first
             low, high = (self.value(name, f"u{int(kind[1:]) // 2}") for name in _vector(o[1]))
             return self.put(o[0], f"(({TYPES[kind]}){high} << {int(kind[1:]) // 2} | {low})")
+        if o[0].startswith("{"):
+            bits = int(kind[1:]) // 2
+            parts = [f"(uint{bits}_t)({self.value(o[1], kind)} >> {k * bits})" for k in (0, 1)]
+            return " ".join(self.put(name, part) for name, part in zip(_vector(o[0]), parts, strict=True))
         return self.put(o[0], self.value(o[1], kind))
 
     def do_bra(self, parts: list[str], o: list[str]) -> str:
@@ -355,10 +366,8 @@ class Body:
     def do_ld(self, parts: list[str], o: list[str]) -> str:
         space, kind, count, more = self.split(parts)
         if space == "param":
-            name = _ADDRESS.fullmatch(o[1])
-            assert name is not None and name[2] is None, o
-            bits = {"u64": "(uint64_t)", "u32": "(uint32_t)", "f32": "(float)"}[kind]
-            return self.put(o[0], f"{bits}{self.parameters[name[1]]}")
+            room = f"parameter_room, sizeof parameter_room, {self.address(o[1], 64)}, {self.line}"
+            return self.put(o[0], f"ptx::load_local<{TYPES[kind]}, 1>({room}).v[0]")
         kinds = f"<{TYPES[kind]}, {count}>"
         if space == "global":
             how = "ptx::CONSTANT" if "nc" in more else "ptx::READ"
@@ -388,6 +397,8 @@ class Body:
         raise ValueError(parts)
 
     def do_atom(self, parts: list[str], o: list[str]) -> str:
+        if parts[:2] == ["relaxed", "gpu"]:  # as it is without
+            parts = parts[2:]
         space, change, kind = parts
         if space != "global" or change not in ("add", "max", "inc"):
             raise ValueError(parts)

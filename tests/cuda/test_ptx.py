@@ -20,9 +20,9 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("words", ["ptx sm_75", "ptx sm_90 reversed"])
+@pytest.mark.parametrize("words", ["ptx sm_75", "ptx sm_90", "ptx sm_120 reversed"])
 def test_all_kernels(words, tmp_path):
-    """As compiled for Turing and for Hopper: right results, and no access that races, goes beyond, or reads nothing."""
+    """As compiled for Turing, Hopper, Blackwell: right results, no access that races, goes beyond, or reads nothing."""
     again.all_kernels(words, tmp_path / "ran")
 
 
@@ -111,6 +111,11 @@ INSTRUCTIONS = [
     ("dp4a.s32.s32 %0, %1, %2, %3;", "rrrr",
      lambda a, b, c: c + sum(byte(a, k) * byte(b, k) for k in range(4)) & M, ANY),
     ("not.b32 %0, %1;", "rr", lambda a, b, c: ~a & M, ANY),
+    ("neg.s32 %0, %1;", "rr", lambda a, b, c: -a & M, ANY),
+    ("{ .reg .u16 x; .reg .u16 y; cvt.u16.u32 x, %1; cvt.u16.u32 y, %2; mul.hi.u16 x, x, y; cvt.u32.u16 %0, x; }", "rrr",
+     lambda a, b, c: (a & 65535) * (b & 65535) >> 16, ANY),
+    ("{ .reg .b16 x; .reg .b16 y; mov.b32 {x, y}, %1; mov.b32 %0, {y, x}; }", "rr",
+     lambda a, b, c: a >> 16 | (a & 65535) << 16, ANY),
     ("popc.b32 %0, %1;", "rr", lambda a, b, c: a.bit_count(), ANY),
     ("clz.b32 %0, %1;", "rr", lambda a, b, c: 32 - a.bit_length(), ANY),
     ("cvt.s32.s8 %0, %1;", "rr", lambda a, b, c: byte(a, 0) & M, ANY),
