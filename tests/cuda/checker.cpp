@@ -146,14 +146,24 @@ const char* touch(Cell& cell, const char* memory, int kind, unsigned thread, boo
 }
 
 // The allocation that an address lies in, or null.
+std::pair<const uint64_t, Allocation>* latest;
+
 std::pair<const uint64_t, Allocation>* allocation_of(uint64_t at) {
+    if (latest && at - latest->first < latest->second.bytes) return latest;
     auto above = allocations.upper_bound(at);
     if (above == allocations.begin()) return nullptr;
     --above;
-    return at - above->first < above->second.bytes ? &*above : nullptr;
+    return at - above->first < above->second.bytes ? latest = &*above : nullptr;
 }
 
+struct Known {
+    uint64_t number = ~0ull;
+    Page* page;
+} known[256];  // pages that were asked for lately
+
 Page& page_of(uint64_t number) {
+    Known& last = known[number % 256];
+    if (last.number == number) return *last.page;
     std::unique_ptr<Page>& page = pages[number];
     if (!page) {
         page = std::make_unique<Page>();
@@ -164,6 +174,7 @@ Page& page_of(uint64_t number) {
             for (; k < end && k < 4096; k++) page->cell[k].written = there && there->second.written;
         }
     }
+    last.number = number, last.page = page.get();
     return *page;
 }
 
@@ -177,7 +188,7 @@ void set_bytes(uint64_t at, uint64_t bytes, bool written) {
         const uint64_t number = at / 4096, next = (number + 1) * 4096 < end ? (number + 1) * 4096 : end;
         const bool all = next - at == 4096;
         if (whole && all)
-            pages.erase(number);
+            pages.erase(number), known[number % 256].number = ~0ull;
         else if (!whole || pages.count(number)) {
             Page& page = page_of(number);
             for (uint64_t k = at; k < next; k++) page.cell[k % 4096] = Cell{Stamp(), Stamp(), written};
@@ -198,7 +209,7 @@ void checker_allocate(uint64_t at, uint64_t bytes) {
 void checker_free(uint64_t at) {
     const uint64_t bytes = allocations[at].bytes;
     set_bytes(at, bytes, false);
-    allocations.erase(at);
+    allocations.erase(at), latest = nullptr;
 }
 void checker_written(uint64_t at, uint64_t bytes) { set_bytes(at, bytes, true); }
 
@@ -254,8 +265,9 @@ const char* checker_global(uint64_t at, int bytes, int kind, int thread, const u
         return said;
     }
     if (kind == ASKED) return nullptr;
+    Cell* const cells = page_of(at / 4096).cell + at % 4096;  // which lie in one page: the address is aligned
     for (int k = 0; k < bytes; k++) {
-        Cell& cell = page_of((at + k) / 4096).cell[(at + k) % 4096];
+        Cell& cell = cells[k];
         const bool same = value && cell.written && value[k] == ((const uint8_t*)at)[k];
         if (const char* fault = touch(cell, "global", kind, thread, same)) return fault;
     }
