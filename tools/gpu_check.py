@@ -308,6 +308,8 @@ def brief(step: str, found: dict[str, Any]) -> str:
         lines = [", ".join(f"{name} {rate:.1f}" for name, rate in found["tokens_per_s"].items()) + " tokens/s"]
         lines.append(f"    best: {found['best']}")
         lines += [f"    {name}: NOT DONE: {line}" for name, line in found.get("wrong", {}).items()]
+        for n, (few, many) in found.get("short_ms", {}).items():
+            lines.append(f"    a prompt of {n}: {few:.2f} ms by the kernels for single tokens, {many:.2f} ms by cuBLAS")
         for name, us in found["products"].items():
             best = min(us, key=us.__getitem__)
             times = ", ".join(f"{setting} {value:.2f}" for setting, value in us.items())

@@ -141,10 +141,10 @@ class Network:
             token()
         return self.sizes.tokens / (time.perf_counter() - began)
 
-    def prompt(self, ops: Any = None) -> None:
-        """A prompt from the beginning."""
+    def prompt(self, ops: Any = None, n: int = 0) -> None:
+        """A prompt from the beginning, of n tokens if not of the usual length."""
         self.cache.length = 0
-        ids = np.random.default_rng(0).integers(0, self.config.n_vocab, self.sizes.prompt)
+        ids = np.random.default_rng(0).integers(0, self.config.n_vocab, n or self.sizes.prompt)
         self.ops.top(self.forward(ids, ops, len(ids) - 1), 1)
 
     def prompt_flops(self) -> float:

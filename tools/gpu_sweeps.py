@@ -18,6 +18,7 @@ WARPS = (2, 4, 6, 8, 12, 16)
 BLOCKS = (1, 2, 4, 8)  # a multiprocessor, that go from strip to strip
 PREFETCHED = (2, 4, 8, 16)  # MB
 SLABS = (8, 16, 32, 128, 256)  # MB of weights unpacked at a time; less than the second-level cache need not leave it
+SHORT = (4, 8, 16, 32, 64)  # tokens
 TILES = ((4, 2, 32), (8, 1, 32), (4, 1, 32), (2, 2, 32), (4, 2, 16), (4, 2, 48))  # of a prompt's attention
 
 Launch = tuple[Any, ...]
@@ -234,7 +235,30 @@ def prompt_sweeps(bench: Any) -> dict[str, Any]:
         table[most] = type(before)(*each)
         rate("attention by {} warps, {} times 16 rows, {} positions".format(*each))
         table[most] = before
-    return {"tokens_per_s": rates, "best": max(rates, key=rates.__getitem__), "products": {}, "wrong": wrong}
+    best = max(rates, key=rates.__getitem__)
+    return {"tokens_per_s": rates, "best": best, "products": {}, "wrong": wrong, "short_ms": short_prompts(bench)}
+
+
+def short_prompts(bench: Any) -> dict[str, list[float]]:
+    """Milliseconds of prompts of a few tokens, through the kernels for single ones and through cuBLAS: from where on do
+    the latter pay?"""
+    few = cuda_ops.FEW
+    found: dict[str, list[float]] = {}
+    for n in SHORT[:1] if bench.emulate else SHORT:
+        found[str(n)] = both = []
+        for most in (n, 0):
+            cuda_ops.FEW = most
+            both.append(1e3 * min(timed_once(bench, n) for _ in range(3)))
+    cuda_ops.FEW = few
+    return found
+
+
+def timed_once(bench: Any, n: int) -> float:
+    bench.device.synchronize()
+    began = time.perf_counter()
+    bench.network.prompt(n=n)
+    bench.device.synchronize()
+    return time.perf_counter() - began
 
 
 def latency(bench: Any) -> dict[str, float]:

@@ -21,16 +21,17 @@ def python(command: list[str], words: str, **env: str) -> subprocess.CompletedPr
 
 
 def run_tests(words: str, selection: list[str], **env: str) -> None:
-    """Run tests of this folder, which must pass. pytest's own workers would each write the record of what ran."""
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    """Run tests of this folder, which must pass, in a process for each processor: most of it is compiling."""
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-n", str(min(os.cpu_count() or 1, 8))]
     done = python(["-m", "pytest", *options, *selection], words, PYTEST_ADDOPTS="", **env)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
 
 
 def all_kernels(words: str, record: Path, **env: str) -> None:
-    """Run the tests marked `kernels`: they must pass, and run every kernel there is. `record`: a file to note that."""
+    """Run the tests marked `kernels`: they must pass, and run every kernel there is. `record`: a folder for notes."""
+    record.mkdir()
     run_tests(words, ["-m", "kernels and not gpu", str(HERE)], GGUFKIT_RAN=str(record), **env)
-    lines = record.read_text(encoding="utf-8").splitlines()
+    lines = [line for file in record.iterdir() for line in file.read_text(encoding="utf-8").splitlines()]
     there = {f"{file} {name}" for file in loader.files() for name in loader.kernel_names(file)}
     assert there
     assert there - set(lines) == set(), "kernels that no test marked `kernels` runs"

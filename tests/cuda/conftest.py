@@ -57,6 +57,7 @@ def the_gpu():
 
 @atexit.register
 def _write_record() -> None:
-    """The kernels that ran, a line each, for the process that started this one."""
-    if path := os.environ.get("GGUFKIT_RAN"):
-        Path(path).write_text("".join(f"{file} {name}\n" for file, name in sorted(emulated.ran)), encoding="utf-8")
+    """The kernels that ran, a line each, in a file of this process, for the one that started it."""
+    if folder := os.environ.get("GGUFKIT_RAN"):
+        lines = "".join(f"{file} {name}\n" for file, name in sorted(emulated.ran))
+        Path(folder, str(os.getpid())).write_text(lines, encoding="utf-8")

@@ -7,7 +7,7 @@ aligned as its type, arrays of another device. New memory is full of NaN pattern
 Settings, as words in $GGUFKIT_EMULATED: `reversed` (threads, blocks and launches of one level in reversed order),
 `sanitize` (compiled with the address and undefined-behaviour sanitizers; the process needs libasan preloaded),
 `ucontext` (fibers by the C library, as on processors other than x86-64), and `ptx` (from what nvrtc makes of the source
-for the device's compute capability, see ptx.py, every access to memory watched by checker.cpp; `sm_75`: for that one).
+for the device's compute capability, see ptx.py, every access to memory watched by checker.cpp; `sm_75`: for that one); `apart`: no launch of a graph begins early.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class EmulatedDevice:
 
     def __init__(self, arch: int = ARCH, n_sm: int = 4, total: int = 1 << 33, reverse: bool | None = None,
                  ptx: bool = "ptx" in WORDS):  # fmt: skip
-        self.name, self.arch, self.n_sm, self.early = "emulated", arch, n_sm, arch >= 90
+        self.name, self.arch, self.n_sm, self.early = "emulated", arch, n_sm, arch >= 90 and "apart" not in WORDS
         self.ptx = arch if ptx else 0  # the compute capability whose PTX is run, or 0: the source is
         self.watch = checker() if ptx else None
         self.total, self.used, self.launches = total, 0, 0

@@ -312,6 +312,27 @@ def test_matvec_norm(device, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", kinds(CODED, "fused"))
+def test_products_of_one_input(device, name: str) -> None:
+    """Two or three matrices in one launch, with and without biases: bit for bit what each makes alone; and inputs whose
+    norm is left to the product."""
+    type = find(name)
+    cols = cols_of(type, 2)
+    for heights in ((2 * LANES + 3, 5, LANES), (1, 33), (LANES, 1, 2)):
+        tensors = [random_blocks(type, rows, cols, np.random.default_rng(k)) for k, rows in enumerate(heights)]
+        several = [CudaWeight(device, pack.pack(tensor)) for tensor in tensors]
+        x = inputs_of(device, normal(1, 1, cols))
+        biases = [device.upload(normal(k, rows)) if k != 1 else None for k, rows in enumerate(heights)]
+        outs = [device.empty((1, rows), np.float32) for rows in heights]
+        for squares in (None, device.upload(np.abs(normal(9, -(-cols // 32))))):
+            x.squares, x.eps = squares, 1e-5
+            device.launch(*weights.matvecs(several, x, outs, biases))
+            for weight, out, bias in zip(several, outs, biases, strict=True):
+                alone = device.empty(out.shape, np.float32)
+                device.launch(*weight.matvec(x, alone, 1, bias))
+                assert np.array_equal(device.download(out), device.download(alone))
+
+
+@pytest.mark.parametrize("name", kinds(CODED, "fused"))
 def test_matvec_gated(device, name: str) -> None:
     type = find(name)
     cols = cols_of(type, 2)
@@ -374,7 +395,11 @@ def test_other_lanes(family: str) -> None:
     if {"plain": 8, "avx512": 16}[family] == LANES:
         pytest.skip("the other tests have these strips")
     kinds = [f"test_all_layouts and {name}" for name in ("Q3_K", "IQ4_XS")]
-    kinds += [f"{test} and {name}" for test in ("matvec_norm", "matvec_gated") for name in ("Q4_K", "NVFP4")]
+    kinds += [
+        f"{test} and {name}"
+        for test in ("matvec_norm", "matvec_gated", "products_of_one")
+        for name in ("Q4_K", "NVFP4")
+    ]
     names = " or ".join(["test_all_tiles", "test_long_rows", *kinds])
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", names]
     done = subprocess.run(

@@ -344,6 +344,7 @@ attend(const float* q, const float* k, const float* v, const float* q_norm, cons
     const int head = blockIdx.x, key_head = head / shared, split = blockIdx.y, own = *start, length = own + 1;
     const int span = ((length + (int)gridDim.y - 1) / (int)gridDim.y + TILE - 1) / TILE * TILE;
     const int begin = split * span, end = min(begin + span, length), active = (length + span - 1) / span;
+    if (begin >= length) return;  // all threads of the block, which makes room for the next kernel's
     const int tid = threadIdx.x;
     u16* const head_keys = keys + (size_t)key_head * positions * HEAD_DIM;
     u16* const head_values = values + (size_t)key_head * positions * HEAD_DIM;
@@ -352,7 +353,6 @@ attend(const float* q, const float* k, const float* v, const float* q_norm, cons
         ask_for_rows(head_values, begin, min(begin + TILES_ASKED_FOR * TILE, min(end, own)));
     }
     wait_for_earlier();
-    if (begin >= length) return;  // all threads of the block
     const size_t at = (size_t)own * HEAD_DIM;
     load_queries(q + (size_t)head * GROUP * HEAD_DIM, k + key_head * HEAD_DIM, v + key_head * HEAD_DIM, q_norm, k_norm,
                  table + (size_t)own * 2 * pairs, query, head_keys + at, head_values + at, end == length, pairs,

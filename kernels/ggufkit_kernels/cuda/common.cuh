@@ -14,8 +14,8 @@ typedef unsigned long long u64;
 // griddepcontrol of the PTX manual), of sm_90 on: a kernel of a token's graph may begin when all blocks of the one before
 // it have begun. It asks for what nobody computes, its weights, and waits for the rest:
 //   let_next_begin    by any thread, as soon as may be: the next kernel waits by itself for what it needs
-//   wait_for_earlier  by all threads, before they read what a kernel wrote, or write anything. All kernels before are done
-//                     then, since each of them waited too, and what they wrote is seen
+//   wait_for_earlier  by all threads that read what a kernel wrote, or write anything, before they do. All kernels before
+//                     are done then, since each of them waited too, and what they wrote is seen
 // A kernel of a graph that does not wait is not begun early (loader.py: `waits`). Without an early begin both do nothing.
 #if defined(EMULATED) || __CUDA_ARCH__ >= 900
 #define BEGINS_EARLY 1

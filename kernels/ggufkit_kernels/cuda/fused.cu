@@ -1,6 +1,7 @@
-// One token's products with what follows them in the network, so that a layer is five launches instead of nine.
+// One token's products with what stands beside them and follows them in the network, so that a layer is five launches
+// instead of twelve.
 //
-//     matvec (q, k, v)   attention   matvec_norm (output)   matvec_gated (gate, up)   matvec_norm (down)
+//     matvecs (q, k, v)   attention   matvec_norm (output)   matvec_gated (gate, up)   matvec_norm (down)
 //
 // A launch that waits for the one before is said to cost 1 to 2 us, whatever it does; a layer of an 8B network in
 // Q4_K is 37 us of memory, of a 1B network 10. A norm and the rounding of its results to int8 are such launches, and
@@ -15,7 +16,10 @@
 // of the others is still enough to keep memory busy, but a multiprocessor takes no more than about 64 bytes a cycle.
 // matvec_gated has 16 warps and two blocks a multiprocessor: 14336 rows are 448 blocks of 4 steps a warp.
 //
-// sm_90: 64 registers (80 for Q6_K); no spills but for Q8_K, NF4, TQ1_0, TQ2_0 and Q1_0, 16 to 80 bytes.
+// matvecs is the matvec of matvec.cu over the strips of q, k and v (where these are of one type) as if they were one
+// matrix: two of the three are small, and would be launches that others wait for.
+//
+// sm_90: registers as in matvec.cu; nothing is spilled.
 // Considered: the norm in front of each product, in shared memory (x and weight are 32 KB from the second-level cache
 // for each block, as much as its weights from memory); the last block to be done makes the norm (an atomic ticket; a
 // wait at the end of each kernel). Nothing here has been timed on a device.
@@ -81,6 +85,42 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS * 2)
     quantize_lanes(x * times, blockIdx.x, next_q, next_a);
     const float sum = warp_sum(x * x);
     if (lane == 0) next_squares[blockIdx.x] = sum;
+}
+
+// One token: out (rows,) = x @ weight.T (+ bias) of two or three matrices of one layout and one input; x and `squares` as
+// in matvec.cu, and the same sums. rows_2 is 0 where there are two.
+// Grid: the strips of all matrices, one after the other.
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
+    matvecs(const u8* codes_0, const u8* d_0, const u8* scale_0, const u8* dmin_0, const u8* minimum_0, const u8* codes_1,
+            const u8* d_1, const u8* scale_1, const u8* dmin_1, const u8* minimum_1, const u8* codes_2, const u8* d_2,
+            const u8* scale_2, const u8* dmin_2, const u8* minimum_2, const u8* tables, const i8* q, const uint2* a,
+            const float* squares, const float* bias_0, const float* bias_1, const float* bias_2, float* out_0,
+            float* out_1, float* out_2, int rows_0, int rows_1, int rows_2, int cols, float factor_0, float factor_1,
+            float factor_2, float eps) {
+    let_next_begin();
+    const int strips_0 = (rows_0 + LANES - 1) / LANES, strips_1 = (rows_1 + LANES - 1) / LANES;
+    const int chunks = (cols + 31) / 32, place = blockIdx.x;
+    const bool first = place < strips_0, second = !first && place < strips_0 + strips_1;
+    const int strip = first ? place : second ? place - strips_0 : place - strips_0 - strips_1;
+    const Strip from = strip_of(first ? codes_0 : second ? codes_1 : codes_2, first ? d_0 : second ? d_1 : d_2,
+                                first ? scale_0 : second ? scale_1 : scale_2, first ? dmin_0 : second ? dmin_1 : dmin_2,
+                                first ? minimum_0 : second ? minimum_1 : minimum_2, strip, chunks);
+    const Share share = share_of(threadIdx.x / 32, blockDim.x / 32, chunks);
+    Stage stages[STAGES];
+    begin_weights(stages, share, from);
+    Tables book = {};
+    load_tables(book, tables);
+    wait_for_earlier();
+    begin_inputs(stages, share, q, a);
+    __shared__ float norm;
+    if (threadIdx.x < 32) {
+        const float found = squares ? norm_of(squares, chunks, cols, eps) : 1.0f;
+        if (threadIdx.x == 0) norm = found * (first ? factor_0 : second ? factor_1 : factor_2);
+    }
+    float acc[4];
+    run(acc, stages, share, from, book, q, a, 0);
+    finish<1, 4, PARTS>(acc, strip, 0, first ? rows_0 : second ? rows_1 : rows_2, 1, &norm,
+                        first ? bias_0 : second ? bias_1 : bias_2, nullptr, first ? out_0 : second ? out_1 : out_2);
 }
 
 __device__ __forceinline__ float gated(float gate, float up, int squared) {

@@ -25,13 +25,13 @@
 //          4096 x 14336   256     14        4               2              63          33    9.9
 //        128256 x  4096  8016      8        2               4              72         296     88
 //
-// Q8_0 has 34 to 136 KB under way, TQ2_0, two chunks a thread, 8 to 66 (8 in the 1B shape's smallest, which is 8 KB a
+// Q8_0 has 34 to 102 KB under way, TQ2_0, two chunks a thread, 8 to 66 (8 in the 1B shape's smallest, which is 8 KB a
 // multiprocessor in all). The 4096 x 4096 matrix is on its way as a whole as soon as the kernel runs.
 //
-// 64 registers a thread (two blocks of 16 warps), 85 for 6 and 7 bits and codebooks of floats (two of 12), 128 for
-// several tokens. Of the 145 kernels that all types need (matvec.cu, fused.cu, plain.cu, unpack.cu; sm_90, LANES 16)
-// 131 spill nothing; here, for one token, Q5_K spills 8 bytes, Q8_K 48, NF4 72, and for 8 tokens Q2_K, Q4_K, Q5_K and
-// TQ2_0 8 to 28. nvrtc 13.5 takes 0.16 to 0.29 s of processor time a module, nvcc 0.4 to 0.6.
+// 64 registers a thread (two blocks of 16 warps), 85 for more than 4 bits and for codebooks (two of 12 warps), 128 for
+// codebooks of floats (two of 8) and for several tokens. For one token no layout spills any (sm_90, nvrtc 13.5); with 16
+// warps Q8_0 spilled 48 bytes, NVFP4 92, Q5_K 20. For 8 tokens Q2_K, Q4_K, Q5_1, Q5_K and TQ2_0 spill 8 to 28. nvrtc
+// takes 0.16 to 0.29 s of processor time a module, nvcc 0.4 to 0.6.
 //
 // Considered: two chunks a thread for 4 bits (96 registers, half as many warps, as many bytes: nothing won on paper,
 // and fewer warps to hide the sums' latency); loads of 512 bytes side by side for a warp instead of 8 pieces of 64

@@ -11,7 +11,8 @@ single call cannot see is put together, by what depends on what, never by the ar
 - two products of one input, of matrices of one type, that only a gate's activation reads are one launch with it;
 - rotations, and norms of the heads before them, that only attention reads are attention's own, as is storing k and v;
   matrices of codes that read attention's results get them as int8 inputs, where a block has whole chunks of them;
-- launches that do not depend on each other (q, k and v; gate and up) are one level of the graph, side by side.
+- products of one input by matrices of one type (q, k and v) are one launch;
+- launches that do not depend on each other (q and k, v of another type) are one level of the graph, side by side.
 
 Every result has memory of its own, for the whole graph: 200 KB a layer of an 8B network, all of which stays in the
 L2 cache. The token's id and its position lie in device memory (two int32, written by one copy a token), rotary
@@ -164,6 +165,7 @@ class Program:
         self._residual: dict[Node, Node] = {}  # a sum -> the product whose kernel adds it
         self._norm_of: dict[Node, Node] = {}  # a sum with a residual -> the norm that its kernel does too
         self._gated: set[Node] = set()  # activations whose kernel does both products too
+        self._beside: set[Node] = set()  # products that another one's launch has made
         self._before: dict[Node, tuple[Any, ...]] = {}  # attention -> q, k, rotation, norms
         for node in nodes:
             self._absorb(node)
@@ -274,7 +276,22 @@ class Program:
         out = self._new(node)
         self._add(weight.embed(self.ids, out, 1), (), (out,))
 
+    def _products_beside(self, node: Node) -> list[Node]:
+        """A product and up to two others of its input whose matrices are alike, that no other kernel takes."""
+        weight = node.args[0]
+        free = [x for x in node.reads[0].readers if x.kind == "matmul" and x not in self._absorbed | self._beside]
+        return [node, *[x for x in free if x is not node and weight.alike(x.args[0])][:2]] if self.ops.fused else [node]
+
     def _emit_matmul(self, node: Node, into: Node | None = None, residual: Node | None = None) -> None:
+        if node in self._beside:
+            return
+        if into is None and len(products := self._products_beside(node)) > 1:
+            x = self._int8(node.reads[0])
+            outs = [self._new(product) for product in products]
+            matrices, biases = zip(*(product.args for product in products), strict=True)
+            self._beside |= set(products)
+            self._add(weights.matvecs(matrices, x, outs, biases), (x,), tuple(outs))
+            return
         weight, bias = node.args
         x = self._int8(node.reads[0]) if weight.takes_bytes else self._value(node.reads[0])
         more = None if residual is None else self._value(residual)

@@ -7,7 +7,7 @@ caller may launch them, or record them into a graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,9 +51,11 @@ def layout_defines(layout: Layout, lanes: int = LANES) -> dict[str, Any]:
 
 
 def most_warps(layout: Layout) -> int:
-    """Warps of a block of a matvec, so many that two blocks find registers on a multiprocessor: 64 a thread, or 85."""
-    many = layout.bits in (6, 7) or (layout.bits == 5 and layout.group == 16) or layout.values == "table16"
-    return 12 if many else 16
+    """Warps of a block of a matvec, so many that two blocks find registers on a multiprocessor: 64, 85 or 128 a thread.
+    What they are taken by is a codebook, or many vectors of codes."""
+    if layout.values == "table16":
+        return 8
+    return 12 if layout.bits > 4 or layout.values == "table" else 16
 
 
 def stages_of(layout: Layout, tokens: int) -> int:
@@ -269,10 +271,14 @@ class CudaWeight:
         grid, threads = (to.padded // 32,), 64 * warps * (32 // LANES)
         return kernel, grid, threads, *self.parts, self.table, *other.parts, *args
 
+    def alike(self, other: CudaWeight) -> bool:
+        """Whether what codes mean is the same, and as many columns: `matvecs` takes such matrices."""
+        ours = (self.shape[1], self.layout, self.codebook)
+        return self.takes_bytes and ours == (other.shape[1], other.layout, other.codebook)
+
     def goes_with(self, other: CudaWeight) -> bool:
-        """Whether `matvec_gated` takes the two: of one type, so that what codes mean is the same."""
-        same = (self.shape, self.layout, self.codebook) == (other.shape, other.layout, other.codebook)
-        return same and self.takes_bytes
+        """Whether `matvec_gated` takes the two: alike, and of one shape."""
+        return self.shape == other.shape and self.alike(other)
 
     def prefetch(self, nbytes: int, n_sm: int) -> Launch:
         """Ask the second-level cache for the first nbytes of the codes; for a launch beside what comes before."""
@@ -311,6 +317,19 @@ class CudaWeight:
         unpack = unpack_module(self.layout)
         matvec = matvec_module(self.layout, tile_of(n)).kernel(name + "matvec")
         return [matvec, unpack.kernel(name + "unpack"), unpack.kernel(name + "embed")]
+
+
+def matvecs(several: Sequence[CudaWeight], x: Inputs, outs: Sequence[Array], biases: Sequence[Array | None]) -> Launch:
+    """`CudaWeight.matvec` of one token for two or three matrices that are `alike`, in one launch."""
+    first, none = several[0], 3 - len(several)
+    assert len(several) in (2, 3) and all(map(first.alike, several)) and x.cols == first.shape[1]
+    parts = [part for weight in several for part in weight.parts] + [None] * 5 * none
+    rows = [weight.shape[0] for weight in several] + [0] * none
+    factors = [weight.factor for weight in several] + [0.0] * none
+    arrays = (*biases, *[None] * none, *outs, *[None] * none)
+    kernel, grid = fused_module(first.layout).kernel("matvecs"), (sum(weight.strips for weight in several),)
+    threads = 32 * max(weight.warps for weight in several)
+    return kernel, grid, threads, *parts, first.table, x.q, x.a, x.squares, *arrays, *rows, x.cols, *factors, x.eps
 
 
 assert QUAD == 4 * LANES
