@@ -6,8 +6,9 @@ aligned as its type, arrays of another device. New memory is full of NaN pattern
 
 Settings, as words in $GGUFKIT_EMULATED: `reversed` (threads, blocks and launches of one level in reversed order),
 `sanitize` (compiled with the address and undefined-behaviour sanitizers; the process needs libasan preloaded),
-`ucontext` (fibers by the C library, as on processors other than x86-64), and `ptx` (from what nvrtc makes of the source
-for the device's compute capability, see ptx.py, every access to memory watched by checker.cpp; `sm_75`: for that one); `apart`: no launch of a graph begins early.
+`ucontext` (fibers by the C library, as on processors other than x86-64), `ptx` (from what nvrtc makes of the source for
+the device's compute capability, see ptx.py, every access to memory watched by checker.cpp; `sm_75`: for that one), and
+`apart` (no launch of a graph begins early).
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ def test_all_kernels(words, tmp_path):
 
 @pytest.mark.parametrize("words", ["ptx sm_90", "ptx sm_90 apart"])
 def test_networks(words):
-    """A token of each network, captured: kernels that begin early do not race, nor, where none does, what is said to run
-    side by side."""
+    """A token of each network, captured: kernels that begin early do not race, nor, where none does, what is said to
+    run side by side."""
     again.run_tests(words, ["-m", "not gpu", "-k", "graph_equals_separate_calls", str(again.HERE / "test_trace.py")])
 
 
