@@ -20,10 +20,17 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("words", ["ptx sm_75", "ptx sm_90", "ptx sm_120 reversed"])
+@pytest.mark.parametrize(
+    "words", ["ptx sm_90 reversed", *(pytest.param(f"ptx sm_{arch}", marks=pytest.mark.slow) for arch in (75, 80, 120))]
+)
 def test_all_kernels(words, tmp_path):
-    """As compiled for Turing, Hopper, Blackwell: right results, no access that races, goes beyond, or reads nothing."""
+    """Right results, and no access that races, goes beyond, or reads nothing."""
     again.all_kernels(words, tmp_path / "ran")
+
+
+def test_what_turing_does_otherwise():
+    """Its matrix instructions."""
+    again.run_tests("ptx sm_75", ["-m", "kernels and not gpu", str(again.HERE / "test_flash.py")])
 
 
 @pytest.mark.parametrize("words", ["ptx sm_90", "ptx sm_90 apart"])
