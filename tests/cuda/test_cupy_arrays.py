@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from types import SimpleNamespace
+from typing import ClassVar
 
 import emulated
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 import tiny_models
 from fake_cupy import Cublas
 from ggufkit_formats.blocks import find
-from ggufkit_kernels.cuda import encode
+from ggufkit_kernels.cuda import driver, encode
 from ggufkit_kernels.cuda.cupy_device import CupyDevice
 from ggufkit_runtime import devices, generate
 
@@ -61,8 +62,11 @@ class Stream:
 class Function:
     """A kernel by its address's words."""
 
+    by_ptr: ClassVar[dict] = {}
+
     def __init__(self, kernel):
-        self.kernel, self.entry = kernel, emulated.entry_of(kernel)
+        self.kernel, self.entry, self.ptr = kernel, emulated.entry_of(kernel), 2**40 + len(Function.by_ptr)
+        Function.by_ptr[self.ptr] = self
 
     def __call__(self, grid, block, args, shared_mem=0, stream=None):
         name, kinds = self.kernel.name, [kind[0] for kind in self.entry.parameters]
@@ -143,8 +147,18 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("n_gpu_layers", [None, 1])
-def test_networks(tmp_path, monkeypatch, case, n_gpu_layers):
+@pytest.mark.parametrize("early", [False, True])
+def test_networks(tmp_path, monkeypatch, case, n_gpu_layers, early):
+    """`early`: the launches of a graph that would go through the driver's own function."""
     arch, type, settings = CASES[case]
+    asked = []
+
+    def launch_early(function, grid, block, args, stream):
+        asked.append(function)
+        Function.by_ptr[function](grid, (block,), args, stream=device.stream)
+
+    monkeypatch.setattr(driver, "launch_early", launch_early)
+    monkeypatch.setattr(HostDevice, "early", early)
     path = tiny_models.write(tmp_path / "m.gguf", arch, type, **settings)
     logits = []
     for device in (emulated.EmulatedDevice(), HostDevice()):
@@ -161,6 +175,7 @@ def test_networks(tmp_path, monkeypatch, case, n_gpu_layers):
         logits.append(rows)
     for ours, theirs in zip(*logits, strict=True):
         assert np.array_equal(ours, theirs)
+    assert bool(asked) == early
 
 
 @pytest.mark.parametrize("name", encode.ENCODERS)
