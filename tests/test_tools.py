@@ -370,7 +370,7 @@ for step in steps:
     out.with_suffix(".x").write_text(json.dumps({"doing": step, "done": done}))
     out.with_suffix(".x").replace(out)
     if step == "crashes": os.abort()
-    if step == "hangs": time.sleep(60)
+    if step == "hangs" or (step == "decode" and os.environ.get("GGUFKIT_CUDA_EARLY") != "0"): time.sleep(60)
     done[step] = {"error": "this one"} if step == "fails" else {"steps": steps}
     out.with_suffix(".x").write_text(json.dumps({"doing": step, "done": done}))
     out.with_suffix(".x").replace(out)
@@ -395,6 +395,21 @@ def test_gpu_check_goes_on_behind_what_fails(tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.count("\n") == 9 and "[    0 s] p, first: " in said
     assert runner.running == []
+
+
+def test_gpu_check_decodes_again_without_early_launches(tmp_path, monkeypatch):
+    """Where decoding hangs, once, and so all that follows."""
+    monkeypatch.delenv(gpu_check.EARLY, raising=False)
+    (tmp_path / "steps.py").write_text(STEPS)
+    options = argparse.Namespace(minutes=5, json=tmp_path / "r.json", emulate=False, only="")
+    runner = gpu_check.Runner(options, tmp_path)
+    runner.program, runner.start_s = tmp_path / "steps.py", 2
+    runner.run([[gpu_check.Part(name, dict.fromkeys(("first", "decode", "last"), 1))] for name in ("p", "q")])
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert [list(report["parts"][name]) for name in "pq"] == [["first", "decode", "last"]] * 2
+    assert report["left_out"] == [
+        "p, decode: it took too long", "p and all behind it, kernels that begin early: decode failed",
+    ]  # fmt: skip
 
 
 def test_gpu_check_without_time_and_tests_that_fail(tmp_path, capsys):

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+EARLY = "GGUFKIT_CUDA_EARLY"  # "0": kernels do not begin early
 LOST = 3  # exit status of gpu_parts.py after a fault of the device
 GOALS = {  # of the copy bandwidth, decoding at the short context: (shape, type) -> share
     ("8b", "q4_k_m"): 0.65, ("8b", "q8_0"): 0.75, ("8b", "f16"): 0.75, ("8b", "tq2_0"): 0.50, ("1b", "q4_k_m"): 0.40,
@@ -195,8 +196,18 @@ class Runner:
                 self.keep(part, left.pop(0), {"error": self.why(process, ended, log)})
                 if process.returncode == 1:  # it did not even begin
                     self.nowhere, left = part.name == "device", []
+            left = self.again_without_early(part, left)
         for step in left:
             self.report["left_out"].append(f"{part.name}, {step}: the time is over")
+
+    def again_without_early(self, part: Part, left: list[str]) -> list[str]:
+        """The steps that are left; where decoding failed, it may be for kernels that begin early: once more without."""
+        failed = "decode" in part.steps and "decode" not in (*left, *self.report["parts"].get(part.name, {}))
+        if not failed or self.nowhere or self.options.emulate or self.env.get(EARLY) == "0":
+            return left
+        self.env[EARLY] = "0"
+        self.report["left_out"].append(f"{part.name} and all behind it, kernels that begin early: decode failed")
+        return ["decode", *left]
 
     def watch(self, process: subprocess.Popen, out: Path, part: Part) -> tuple[set[str], bool]:
         """Take results as they come, while each step keeps to its time, the first with the process's start: the steps

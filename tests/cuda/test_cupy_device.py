@@ -332,6 +332,8 @@ def test_what_is_compiled_for_older_devices_does_not_begin_early(fake, monkeypat
     fake.arch, fake.nvrtc.getSupportedArchs = arch, lambda: known
     monkeypatch.setattr(driver, "can_launch_early", lambda: True)
     assert CupyDevice(tell=lambda line: None).early == early
+    monkeypatch.setenv("GGUFKIT_CUDA_EARLY", "0")
+    assert not CupyDevice(tell=lambda line: None).early
 
 
 def test_a_driver_that_does_not_record_early_launches(fake, monkeypatch):

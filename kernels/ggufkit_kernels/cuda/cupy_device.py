@@ -257,7 +257,8 @@ class CupyDevice:
             self.pool = cupy.cuda.MemoryPool()
             self.stage = cupy.cuda.alloc_pinned_memory(STAGE_BYTES)
         # kernels that are compiled for less than this do not wait: see common.cuh
-        self.early = self.compiler.arch >= 90 and driver.can_launch_early()
+        wanted = os.environ.get("GGUFKIT_CUDA_EARLY") != "0"
+        self.early = wanted and self.compiler.arch >= 90 and driver.can_launch_early()
         self.staged = 0  # bytes of the stage that are on their way
         self._modules: dict[Module, Any] = {}
         self._functions: dict[Kernel, Any] = {}
