@@ -12,6 +12,7 @@ import tiny_models
 from ggufkit_formats import gguf
 from ggufkit_formats.errors import DeviceMemoryError, UsageError
 from ggufkit_kernels.cuda import attention
+from ggufkit_kernels.cuda.device import in_a_row
 from ggufkit_runtime import devices, evaluate, fit, generate, importance, models
 
 CASES = {
@@ -262,6 +263,8 @@ def test_launches_a_layer(tmp_path, on_device, fused):
     cache = llama.cache()
     llama.forward([1], cache)
     kinds = [[launch[0].name for launch in level] for level in cache.trace.levels]
+    early = [may for _, may in in_a_row(cache.trace.levels)]
+    assert early == [False, *[True] * (cache.trace.n_launches - 1)]  # all but the first wait by themselves
     if fused:
         layer = [["matvecs"], ["attend"], ["matvec_norm"], ["matvec_gated"], ["matvec_norm"]]
         assert kinds == [["embed"], ["norm_quantize"], *layer, *layer, ["matvec"]]

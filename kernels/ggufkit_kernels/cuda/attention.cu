@@ -22,8 +22,8 @@
 // layer, 10 us on an H100 (3.35 TB/s). With 4 queries a key head a position costs 1,024 fma and 256 conversions to
 // float: 8 + 4 cycles of a multiprocessor, for 62 * 8 positions each: 6,000 cycles, 3.5 us. Bytes in flight: a block
 // issues 16 loads of 16 bytes a thread, 64 KB; a multiprocessor needs about 18 KB (700 ns of 25 GB/s).
-// 4 queries of 128 take 128 registers on sm_90 (two blocks a multiprocessor), 142 on sm_75; ptxas spills nothing for
-// them, and 40 bytes for 16 queries of 256.
+// 4 queries of 128 take 128 registers on sm_90 (two blocks a multiprocessor), 142 on sm_75; ptxas spills 4 bytes for
+// them, and 52 for 16 queries of 256 (sm_90).
 // Not measured on a device: TILE, THREADS, the splits (ops.py: two blocks a multiprocessor).
 #include "chunk.cuh"
 

@@ -237,8 +237,6 @@ class CupyGraph:
 class CupyDevice:
     """The first device that CUDA shows (CUDA_VISIBLE_DEVICES chooses). Raises DeviceError where there is none."""
 
-    early = False
-
     def __init__(self, tell: Callable[[str], None] = _say):
         self.cupy = cupy = _import()
         with _said():
@@ -256,8 +254,8 @@ class CupyDevice:
             self.sides: list[Any] = []
             self.pool = cupy.cuda.MemoryPool()
             self.stage = cupy.cuda.alloc_pinned_memory(STAGE_BYTES)
-        # kernels that are compiled for less than this do not wait: see common.cuh
         wanted = os.environ.get("GGUFKIT_CUDA_EARLY") != "0"
+        # kernels that are compiled for less than sm_90 do not wait: see common.cuh
         self.early = wanted and self.compiler.arch >= 90 and driver.can_launch_early()
         self.staged = 0  # bytes of the stage that are on their way
         self._modules: dict[Module, Any] = {}

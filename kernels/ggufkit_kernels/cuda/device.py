@@ -19,7 +19,7 @@ Array = Any
 
 
 def in_a_row(levels: Sequence[Sequence[tuple]]) -> list[tuple[list[tuple], bool]]:
-    """A graph's levels as they are recorded where launches begin early: each with whether its first launch may begin
+    """A graph's levels as they are recorded where launches begin early: each with whether its only launch may begin
     before the one in front of it has ended, since it waits by itself.
 
     Launches of one level that wait by themselves follow one another, the smallest first: all of them are there as soon
